@@ -1,0 +1,75 @@
+# Every target works on a fresh clone: whatever needs the environment makes it first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Config overrides, such as ARGS="model.name=minilm data.train_examples=5000".
+ARGS   ?=
+
+TRAIN = $(BIN)/python scripts/train_lora_hf.py --config configs/$(1).yaml $(ARGS)
+EVAL  = $(BIN)/python scripts/eval_lora_hf.py --config configs/$(1).yaml $(ARGS)
+
+EXPERIMENTS := sst2-bert-sgld sst2-roberta-sam-sgld mrpc-distilbert-asgld imdb-bert-sam-sgld-r1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint clean experiments-all eval-all \
+	$(addprefix experiment-,$(EXPERIMENTS)) $(addprefix eval-,$(EXPERIMENTS))
+
+help: ## list the targets
+	@grep -hE '^[a-zA-Z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sort \
+		| awk 'BEGIN {FS = ":.*## "} {printf "  %-36s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## create .venv and install the project with all extras
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[offline,dev]'
+	@touch $(STAMP)
+
+demo: setup ## the main job on the embedded task: fit, sample, evaluate (under 3 minutes)
+	$(BIN)/bayesian-lora train configs/demo.yaml output.overwrite=true $(ARGS)
+
+test: setup ## the quick tests
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-all: setup ## every test, slow statistical and real-data ones too (GPU ones skip without one)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: setup ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+experiment-sst2-bert-sgld: setup ## SST-2, BERT, SGLD
+	$(call TRAIN,experiment_sst2_bert_sgld)
+
+experiment-sst2-roberta-sam-sgld: setup ## SST-2, RoBERTa, SAM-SGLD
+	$(call TRAIN,experiment_sst2_roberta_sam_sgld)
+
+experiment-mrpc-distilbert-asgld: setup ## MRPC, DistilBERT, ASGLD
+	$(call TRAIN,experiment_mrpc_distilbert_asgld)
+
+experiment-imdb-bert-sam-sgld-r1: setup ## IMDB, BERT, SAM-SGLD rank-1
+	$(call TRAIN,experiment_imdb_bert_sam_sgld_r1)
+
+eval-sst2-bert-sgld: setup ## evaluate that experiment's ensemble
+	$(call EVAL,experiment_sst2_bert_sgld)
+
+eval-sst2-roberta-sam-sgld: setup ## evaluate that experiment's ensemble
+	$(call EVAL,experiment_sst2_roberta_sam_sgld)
+
+eval-mrpc-distilbert-asgld: setup ## evaluate that experiment's ensemble
+	$(call EVAL,experiment_mrpc_distilbert_asgld)
+
+eval-imdb-bert-sam-sgld-r1: setup ## evaluate that experiment's ensemble
+	$(call EVAL,experiment_imdb_bert_sam_sgld_r1)
+
+experiments-all: $(addprefix experiment-,$(EXPERIMENTS)) ## all four experiments (make -k goes on after a failure)
+
+eval-all: $(addprefix eval-,$(EXPERIMENTS)) ## evaluate all four
+
+clean: ## remove caches; runs and .venv stay
+	rm -rf .pytest_cache .ruff_cache .hypothesis dist
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""`bayesian-lora`: commands, their help with examples, and mistakes as one line.
+
+Heavy imports happen inside the commands, so that `--help` is quick.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayesian_lora import __version__
+from bayesian_lora.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Posterior sampling, ensembling and composition of LoRA adapters.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")
+]
+KHelp = "Evaluate the first K samples (spread evenly over chains)."
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "bayesian-lora train configs/demo.yaml\n\n"
+    "bayesian-lora train configs/experiment_sst2_bert_sgld.yaml model.name=minilm "
+    "data.train_examples=5000"
+)
+def train(
+    config: Annotated[str, typer.Argument(help="A YAML file.")], overrides: Overrides = None
+) -> None:
+    """Warm start, burn-in, sampling and evaluation, as a config file says."""
+    from bayesian_lora.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    from bayesian_lora.experiment.train import train as run
+
+    run(resolved)
+
+
+@app.command(
+    name="eval",
+    epilog="Examples:\n\n"
+    "bayesian-lora eval runs/demo\n\n"
+    "bayesian-lora eval runs/demo --split shifted\n\n"
+    "bayesian-lora eval configs/experiment_sst2_bert_sgld.yaml --k 10",
+)
+def evaluate(
+    run: Annotated[str, typer.Argument(help="A run's folder, or the config that made it.")],
+    overrides: Overrides = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help=KHelp)] = None,
+    single: Annotated[bool, typer.Option("--single", help="The latest sample alone.")] = False,
+    split: Annotated[str | None, typer.Option(help="A split of the task by name.")] = None,
+) -> None:
+    """Evaluate a run's ensemble on a split; all samples by default."""
+    if single and k is not None:
+        raise InputError(f"--k {k} and --single exclude each other: give one of them")
+    root, data_dir, device = _locate(run, overrides or ())
+    from bayesian_lora.experiment.evaluate import evaluate_run
+
+    members = "latest" if single else (k if k is not None else "all")
+    evaluate_run(root, split=split, members=members, data_dir=data_dir, device=device)
+
+
+@app.command(epilog="Example:\n\nbayesian-lora doctor")
+def doctor() -> None:
+    """What this machine offers: versions, device, precision, hub, local data, packaged weights."""
+    from bayesian_lora.cli.doctor import report
+
+    for line in report():
+        typer.echo(line)
+
+
+def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str | None]:
+    """The run's folder, and data folder and device where the overrides name them."""
+    from bayesian_lora.config import load_config
+
+    path = Path(run)
+    if path.is_dir():
+        config = load_config(path / "config.yaml", overrides)
+        return path, _given(overrides, "data.dir", config.data.dir), _device(overrides, config)
+    config = load_config(path, overrides)
+    assert config.output.dir is not None
+    folder = Path(config.output.dir)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no run there yet; make it with 'bayesian-lora train {run}', or name a "
+            "run's folder"
+        )
+    return folder, _given(overrides, "data.dir", config.data.dir), _device(overrides, config)
+
+
+def _given(overrides: Sequence[str], key: str, value: str | None) -> str | None:
+    return value if any(item.startswith(f"{key}=") for item in overrides) else None
+
+
+def _device(overrides: Sequence[str], config: object) -> str | None:
+    return _given(overrides, "device", getattr(config, "device", None))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; a user's mistake is one line and status 2, an interrupt status 130."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Interrupted; what was collected so far is kept.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"Error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,1 @@
+"""Tasks, their loading, and batches for M chains."""

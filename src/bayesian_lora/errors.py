@@ -1,0 +1,8 @@
+"""The one exception for mistakes a user can mend."""
+
+
+class InputError(ValueError):
+    """A value from outside is wrong: the message gives the value, the rule and the remedy.
+
+    The command line prints it as one line and exits with status 2; nothing has been written.
+    """

@@ -1,0 +1,129 @@
+"""Predictions → the figures of `metrics.json`. A figure that cannot be computed is null, with a
+reason beside it.
+
+Shapes: K members, M chains, N examples, C classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bayesian_lora import metrics
+from bayesian_lora.predict import Predictions
+
+Figures = dict[str, Any]
+
+
+def evaluate(own: Sequence[str], regression: bool, p: Predictions) -> Figures:
+    """The figures of an ensemble: its mixture is evaluated, probabilities are averaged.
+
+    Args:
+        own: the task's own metrics, such as ``("accuracy", "f1")``.
+        regression: whether the outputs are means of Gaussians.
+        p: logits (K, N, C).
+    """
+    extra = tuple(name for name in own if name != "accuracy")
+    if regression:
+        assert p.noise_std is not None
+        return metrics.regression_metrics(p.logits[..., 0], p.noise_std, p.weights, p.labels, extra)
+    log_probs = metrics.ensemble_log_probs(p.logits, p.weights)
+    return metrics.classification_metrics(log_probs, p.labels, extra)
+
+
+def evaluate_members(own: Sequence[str], regression: bool, p: Predictions) -> list[Figures]:
+    """The figures of each member alone."""
+    return [evaluate(own, regression, member(p, k)) for k in range(p.num_members)]
+
+
+def member(p: Predictions, k: int) -> Predictions:
+    """Member k as an ensemble of one."""
+    noise = None if p.noise_std is None else p.noise_std[k : k + 1]
+    return Predictions(p.logits[k : k + 1], p.labels, np.ones(1), p.example_id, noise, p.true_probs)
+
+
+def mean_and_sd(rows: Sequence[Figures]) -> Figures:
+    """{figure: {"mean", "sd"}} over rows (ddof 1); one row has no sd, and says so."""
+    names = [n for n in rows[0] if not n.endswith("_reason")]
+    return {
+        name: _spread([row[name] for row in rows], rows[0].get(f"{name}_reason")) for name in names
+    }
+
+
+def _spread(values: Sequence[float | None], reason: str | None) -> Figures:
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return {"mean": None, "sd": None, "reason": reason or "not available for every member"}
+    if len(known) == 1:
+        return {"mean": known[0], "sd": None, "sd_reason": "one value has no spread"}
+    return {"mean": float(np.mean(known)), "sd": float(np.std(known, ddof=1))}
+
+
+def temperature_scaled(
+    own: Sequence[str], regression: bool, p: Predictions, held_out: Predictions | None
+) -> Figures:
+    """Each warm start with its temperature fitted on held-out data (Guo et al. 2017): means.
+
+    Without held-out data, or for regression, every figure is null with the reason.
+    """
+    reason = None
+    if regression:
+        reason = "a Gaussian likelihood has no softmax temperature; its noise scale is fitted"
+    elif held_out is None:
+        reason = "no data held out of train to fit it on: set data.validation_share"
+    if reason is not None or held_out is None:
+        names = ("accuracy", "nll", "ece", "brier", "temperature")
+        return {**dict.fromkeys(names), "reason": reason}
+    rows = []
+    for k in range(p.num_members):
+        t = metrics.temperature_scale(held_out.logits[k], held_out.labels)
+        scaled = Predictions(p.logits[k : k + 1] / t, p.labels, np.ones(1), p.example_id)
+        rows.append({**evaluate(own, regression, scaled), "temperature": t})
+    return {
+        name: None if rows[0][name] is None else float(np.mean([row[name] for row in rows]))
+        for name in rows[0]
+        if not name.endswith("_reason")
+    }
+
+
+def uncertainty(regression: bool, p: Predictions) -> Figures:
+    """Mean predictive entropy, expected entropy, mutual information (nats)."""
+    if regression:
+        names = ("predictive_entropy", "expected_entropy", "mutual_information")
+        return {**dict.fromkeys(names), "reason": "defined here for classification only"}
+    return metrics.uncertainty(p.logits, p.weights)
+
+
+def against_truth(p: Predictions) -> Figures | None:
+    """Where p(y | x) is known: the Bayes-optimal NLL on these labels, and the distance to truth.
+
+    ``expected_nll`` is the mean over x of −Σ_y p(y|x) log q(y|x), free of the labels' noise;
+    ``excess`` is it minus the entropy of p: the mean KL(p ‖ q), zero for the truth alone.
+    """
+    if p.true_probs is None:
+        return None
+    truth = p.true_probs
+    log_q = metrics.ensemble_log_probs(p.logits, p.weights)
+    entropy = -(truth * np.log(truth)).sum(1).mean()
+    drawn = truth[np.arange(len(p)), p.labels]
+    expected = -(truth * log_q).sum(1).mean()
+    return {
+        "bayes_nll": float(-np.log(drawn).mean()),
+        "bayes_accuracy": float((truth.argmax(1) == p.labels).mean()),
+        "expected_nll": float(expected),
+        "excess": float(expected - entropy),
+    }
+
+
+def parameter_statistics(norms: np.ndarray) -> Figures:
+    """Norms (K,) of the members' parameters: mean, sd (ddof 0, as the seed prints it), CV.
+
+    They depend on LoRA's gauge, so no verdict rests on them.
+    """
+    mean, std = float(norms.mean()), float(norms.std())
+    return {
+        "num_samples": len(norms),
+        "norm_mean": mean,
+        "norm_std": std,
+        "norm_cv": std / mean if mean else None,
+    }

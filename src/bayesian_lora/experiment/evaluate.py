@@ -1,0 +1,194 @@
+"""A run folder → its figures: predictions, `metrics.json`, printed summary.
+
+Shapes: K members, M chains, N examples.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bayesian_lora import diagnostics, evaluation, summary
+from bayesian_lora.config import Config, load_config
+from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.data.glue_datasets import load_split
+from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
+from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.setup import (
+    Setup,
+    data_folder,
+    load_training_data,
+    resolve_device,
+    task_of,
+)
+from bayesian_lora.models.hf_lora import HuggingFaceLora
+from bayesian_lora.models.sources import load_pretrained
+from bayesian_lora.predict import Predictions
+from bayesian_lora.progress import Progress
+from bayesian_lora.run_folder import RunFolder, read_starts, read_traces
+from bayesian_lora.utils.files import read_json
+from bayesian_lora.utils.lora_params import chain_norm
+
+Figures = dict[str, Any]
+Members = Literal["all", "latest"] | int
+
+
+def evaluate_run(
+    root: Path,
+    *,
+    split: str | None = None,
+    members: Members = "all",
+    data_dir: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+    setup: Setup | None = None,
+) -> Figures:
+    """Evaluate a run's ensemble and its warm starts on a split, print and (for all members) store.
+
+    Args:
+        root: the run's folder.
+        split: of the task; None is the default one.
+        members: ``all``, ``latest``, or the first k.
+        data_dir, device: in place of the run's own.
+        setup: of the run that has just been made, to spare loading it again.
+
+    Returns:
+        The contents of `metrics.json`. Predictions and metrics are stored for all members only,
+        so that a partial look never replaces the run's figures.
+
+    Raises:
+        InputError: no run there, unknown split, k out of range, damaged members or data.
+    """
+    began = time.monotonic()
+    progress = progress or Progress()
+    config = setup.config if setup else load_config(root / "config.yaml")
+    config.data.dir = data_dir or config.data.dir
+    config.device = device or config.device
+    full = Ensemble.load(root)
+    chosen = _choose(full, members)
+    task = task_of(config)
+    split = split or task.default_split
+    progress.say(f"\nFound {len(full)} LoRA samples in {root}")
+    data, held_out, model = _inputs(config, full, split, setup, progress)
+    progress.say(f"Evaluating ensemble of {len(chosen)} LoRA samples on {split}...")
+    predictions = chosen.predict_set(model, data)
+    starts = map_ensemble(root)
+    map_predictions = starts.predict_set(model, data)
+    held = None if held_out is None else starts.predict_set(model, held_out)
+    norms = chain_norm(chosen.state()).numpy()
+    regression = task.likelihood == "gaussian"
+    figures = {
+        "task": task.name,
+        "split": split,
+        "n": len(predictions),
+        **_compare(task.metrics, regression, predictions, map_predictions, held),
+        "uncertainty": evaluation.uncertainty(regression, predictions),
+        "truth": evaluation.against_truth(predictions),
+        "diagnostics": run_diagnostics(root),
+        "parameters": evaluation.parameter_statistics(norms),
+        "cost": _cost(root, time.monotonic() - began),
+        "own_metrics": list(task.metrics),
+        "sample_range": _sample_range(full, chosen),
+        "temperature": full.provenance.sampler["temperature"],
+    }
+    if len(chosen) == len(full):
+        folder = RunFolder(root)
+        folder.write_predictions(split, _arrays(predictions))
+        folder.write_metrics(split, task.default_split, figures)
+    for line in _lines(figures, full):
+        progress.say(line)
+    return figures
+
+
+def _choose(full: Ensemble, members: Members) -> Ensemble:
+    if members == "all":
+        return full
+    if members == "latest":
+        return full.latest()
+    if members > len(full):
+        raise InputError(
+            f"--k {members}: the run has {len(full)} samples; choose --k 1 to {len(full)}"
+        )
+    return full.subset(members)
+
+
+def _inputs(
+    config: Config, full: Ensemble, split: str, setup: Setup | None, progress: Progress
+) -> tuple[TokenisedSet, TokenisedSet | None, HuggingFaceLora]:
+    """The split and the held-out share as tokens, and the model."""
+    task = task_of(config)
+    if setup is not None and split == task.default_split:
+        return setup.evaluation, setup.validation, setup.model
+    from transformers import AutoTokenizer
+
+    folder = data_folder(config)
+    examples = load_split(task, split, data_dir=folder, notify=progress.say)
+    held_out = load_training_data(config, task, folder)[1]
+    model = load_model(full.provenance, resolve_device(config.device))
+    tokenizer = load_pretrained(AutoTokenizer, model.info.source)
+    length = config.data.max_length
+    held = None if held_out is None else TokenisedSet(held_out, tokenizer, length)
+    return TokenisedSet(examples, tokenizer, length), held, model
+
+
+def _compare(
+    own: tuple[str, ...],
+    regression: bool,
+    predictions: Predictions,
+    starts: Predictions,
+    held: Predictions | None,
+) -> Figures:
+    map_rows = evaluation.evaluate_members(own, regression, starts)
+    rows = evaluation.evaluate_members(own, regression, predictions)
+    scaled = evaluation.temperature_scaled(own, regression, starts, held)
+    ensemble = evaluation.evaluate(own, regression, predictions)
+    return {
+        "map": evaluation.mean_and_sd(map_rows),
+        "map_ensemble": evaluation.evaluate(own, regression, starts),
+        "map_temperature_scaled": scaled,
+        "single": evaluation.mean_and_sd(rows),
+        "ensemble": {**ensemble, "k": predictions.num_members},
+    }
+
+
+def run_diagnostics(root: Path) -> Figures:
+    """R-hat, ESS and the verdict from the run's traces; T_eff from `run.json`."""
+    run = read_json(root / "run.json", "run")
+    figures = diagnostics.summarise(read_traces(root), read_starts(root))
+    t_eff = run.get("t_eff")
+    figures["t_eff"] = t_eff
+    if t_eff is None:
+        figures["t_eff_reason"] = "no sampling step has been made"
+    return figures
+
+
+def _cost(root: Path, eval_s: float) -> Figures:
+    run = read_json(root / "run.json", "run")
+    names = ("train_s", "sample_s", "gradient_evaluations")
+    return {**{name: run.get(name) for name in names}, "eval_s": round(eval_s, 2)}
+
+
+def _sample_range(full: Ensemble, chosen: Ensemble) -> list[int]:
+    """First and last position of the chosen members among all."""
+    first = full.records.index(chosen.records[0])
+    return [first, first + len(chosen) - 1]
+
+
+def _arrays(p: Predictions) -> dict[str, np.ndarray]:
+    arrays = {
+        "logits": p.logits,
+        "labels": p.labels,
+        "weights": p.weights,
+        "example_id": p.example_id,
+    }
+    return arrays if p.noise_std is None else {**arrays, "noise_std": p.noise_std}
+
+
+def _lines(figures: Figures, full: Ensemble) -> list[str]:
+    sampler = full.provenance.sampler
+    notes = [f"Sampler: {sampler['name']} ({sampler['exactness']}), starts: {sampler['starts']}"]
+    if sampler["tempering"] != "posterior":
+        notes.append(f"Temperature {sampler['temperature']:g}: a {sampler['tempering']} posterior")
+    lines = summary.evaluation_lines(figures)
+    return [*lines, "", *summary.table_lines(figures), "", *notes, *summary.closing_lines(figures)]

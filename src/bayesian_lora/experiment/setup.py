@@ -1,0 +1,260 @@
+"""From a `Config` to everything a run needs, built and checked before any long work.
+
+Shapes: M chains, K members.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bayesian_lora.config import Config
+from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.data.examples import Examples
+from bayesian_lora.data.glue_datasets import get_task, load_split
+from bayesian_lora.data.preparation import (
+    RawData,
+    check_max_length,
+    length_limit,
+    load_train,
+)
+from bayesian_lora.data.tasks import TaskSpec, custom_task
+from bayesian_lora.errors import InputError
+from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
+from bayesian_lora.models.sources import load_pretrained, resolve_model
+from bayesian_lora.objective import Objective, prior_groups
+from bayesian_lora.posterior import PriorGroup, delta_w_prior_std
+from bayesian_lora.progress import Progress
+from bayesian_lora.samplers.base import Sampler
+from bayesian_lora.samplers.sgld import SGLD
+from bayesian_lora.sampling import Streams
+from bayesian_lora.utils.rng import chain_generators
+
+DATA_VARIABLE = "BAYESIAN_LORA_DATA"
+
+
+@dataclass
+class Setup:
+    """Everything a run needs, built and checked before any long work."""
+
+    config: Config
+    raw: RawData
+    tokenizer: Any
+    model: HuggingFaceLora
+    train: TokenisedSet
+    validation: TokenisedSet | None
+    evaluation: TokenisedSet
+    objective: Objective
+    groups: list[PriorGroup]
+    streams: Streams
+
+    @property
+    def task(self) -> TaskSpec:
+        return self.raw.task
+
+    @property
+    def regression(self) -> bool:
+        return self.task.likelihood == "gaussian"
+
+
+def task_of(config: Config) -> TaskSpec:
+    """The task a config names: of the registry, or described by its columns.
+
+    Raises:
+        InputError: unknown name, or columns that do not describe a task.
+    """
+    data = config.data
+    if not data.text_columns and not data.files:
+        return get_task(data.name)
+    return custom_task(
+        data.name,
+        text_columns=data.text_columns,
+        label_column=data.label_column,
+        label_names=data.label_names,
+        files=dict(data.files) or None,
+        hub_config=data.hub_config,
+        train_split=data.train_split,
+        eval_split=data.eval_split,
+        regression=data.regression,
+    )
+
+
+def data_folder(config: Config) -> Path | None:
+    """`data.dir`, or the environment's BAYESIAN_LORA_DATA, or None (the hub).
+
+    Raises:
+        InputError: it is not a folder.
+    """
+    name = config.data.dir or os.environ.get(DATA_VARIABLE)
+    if not name:
+        return None
+    if not Path(name).is_dir():
+        origin = "data.dir" if config.data.dir else DATA_VARIABLE
+        raise InputError(f"{origin}={name!r} is not a folder; name a folder of data or unset it")
+    return Path(name)
+
+
+def load_training_data(
+    config: Config, task: TaskSpec, folder: Path | None
+) -> tuple[Examples, Examples | None]:
+    """What a config trains on, and what it holds out of it."""
+    return load_train(
+        task,
+        data_dir=folder,
+        train_examples=config.data.train_examples,
+        validation_share=config.data.validation_share,
+        seed=config.seed,
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        InputError: unknown, or not on this machine.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available()}
+    available["mps"] = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device(next(d for d in ("cuda", "mps", "cpu") if available[d]))
+    kind, _, index = name.partition(":")
+    if kind not in available or (index and not index.isdigit()):
+        raise InputError(f"device={name!r}: choose auto, cpu, cuda, cuda:<number> or mps")
+    if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
+        raise InputError(f"device={name!r} is not available on this machine; use device=auto")
+    return torch.device(name)
+
+
+def make_sampler(config: Config, groups: list[PriorGroup], n: int, streams: Streams) -> Sampler:
+    """The sampler a config names, over the tensors under their priors."""
+    assert config.sampler.name == "sgld", "the config refuses other names"
+    parameters = [{"params": list(g.tensors), "prior_std": g.std} for g in groups]
+    return SGLD(
+        parameters,
+        step_size=config.sampler.step_size,
+        num_examples=n,
+        temperature=config.sampler.temperature,
+        chain_dim=0,
+        generators=streams.noise,
+    )
+
+
+def prepare(config: Config, progress: Progress) -> Setup:
+    """Check everything, load data and model, print what they are.
+
+    Raises:
+        InputError: anything wrong with the config, the data, the model or their fit.
+    """
+    from transformers import AutoTokenizer
+
+    task, device, data_dir = task_of(config), resolve_device(config.device), data_folder(config)
+    source = resolve_model(config.model.name)
+    progress.say(f"Using device: {device}")
+    train, validation = load_training_data(config, task, data_dir)
+    evaluation = load_split(task, task.default_split, data_dir=data_dir, notify=progress.say)
+    raw = RawData(task, train, validation, evaluation)
+    for line in _data_lines(raw):
+        progress.say(line)
+    progress.say(f"\nBuilding {config.model.name} with LoRA...")
+    tokenizer = load_pretrained(AutoTokenizer, source)
+    chains = 1 if config.train.starts == "shared" else config.sampler.chains
+    numbers = range(config.sampler.chains)
+    lora = config.model.lora
+    model = build_huggingface_lora_model(
+        source,
+        task.num_labels,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        rslora=lora.rslora,
+        chains=chains,
+        seed=config.seed,
+        device=device,
+        dtype=config.model.dtype,
+    )
+    limit = length_limit(tokenizer, model.base.config)
+    check_max_length(config.data.max_length, limit, config.model.name)
+    length = config.data.max_length
+    train_set = TokenisedSet(train, tokenizer, length)
+    held_out = None if validation is None else TokenisedSet(validation, tokenizer, length)
+    evaluation_set = TokenisedSet(evaluation, tokenizer, length)
+    objective = Objective(model, train_set, task.likelihood, config.train.micro_batch)
+    if task.likelihood == "gaussian":
+        start_at_mean(model, float(raw.train.labels.mean()))
+    streams = Streams(
+        order=chain_generators(config.seed, numbers, "order"),
+        dropout=chain_generators(config.seed, numbers, "dropout", device),
+        noise=chain_generators(config.seed, numbers, "noise", device),
+        heat=chain_generators(config.seed, numbers, "heat"),
+    )
+    groups = prior_groups(model, config.prior.std, config.prior.head_std)
+    setup = Setup(
+        config=config,
+        raw=raw,
+        tokenizer=tokenizer,
+        model=model,
+        train=train_set,
+        validation=held_out,
+        evaluation=evaluation_set,
+        objective=objective,
+        groups=groups,
+        streams=streams,
+    )
+    for line in _model_lines(setup):
+        progress.say(line)
+    return setup
+
+
+@torch.no_grad()
+def start_at_mean(model: HuggingFaceLora, mean: float) -> None:
+    """Regression heads begin at the labels' mean, not at 0."""
+    last = list(model.head_layers().values())[-1]
+    if last.bias is not None:
+        last.bias.fill_(mean)
+
+
+def _data_lines(raw: RawData) -> list[str]:
+    task = raw.task
+    held = 0 if raw.validation is None else len(raw.validation)
+    return [
+        f"Dataset: {task.title}",
+        f"Task: {task.kind}",
+        f"Number of labels: {task.num_labels}",
+        f"Examples: {len(raw.train)} train, {held} held out of train, "
+        f"{len(raw.evaluation)} {task.default_split}",
+    ]
+
+
+def _model_lines(setup: Setup) -> list[str]:
+    config, info = setup.config, setup.model.info
+    prior = config.prior
+    spread = delta_w_prior_std(info.spec.rank, info.spec.scaling, prior.std, prior.std)
+    batch = config.data.batch_size
+    return [
+        *info.lines(),
+        f"Prior: N(0, {prior.std:g}²) on every parameter; an entry of ΔW has prior sd {spread:.4g}",
+        "",
+        f"Train batches: {-(-len(setup.train) // batch)}",
+        f"Validation batches: {-(-len(setup.evaluation) // batch)}",
+        "",
+    ]
+
+
+def run_facts(setup: Setup) -> dict[str, Any]:
+    """What `run.json` says of a run before it starts."""
+    config = setup.config
+    return {
+        "seed": config.seed,
+        "device": str(setup.model.device),
+        "threads": torch.get_num_threads(),
+        "data": {"fingerprint": setup.raw.fingerprint(), "sizes": _sizes(setup.raw)},
+        "model_fingerprint": setup.model.fingerprint(),
+    }
+
+
+def _sizes(raw: RawData) -> dict[str, int]:
+    parts = {"train": raw.train, "validation": raw.validation, "evaluation": raw.evaluation}
+    return {name: len(part) for name, part in parts.items() if part is not None}

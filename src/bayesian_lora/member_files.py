@@ -1,0 +1,178 @@
+"""Members on disk: PEFT folders up to 500, packed safetensors above; each with its sha256."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from bayesian_lora.errors import InputError
+from bayesian_lora.models.peft_io import WEIGHTS_FILE, read_member, write_member
+from bayesian_lora.models.sources import file_sha256
+from bayesian_lora.utils.files import append_json_line, write_atomic
+
+FOLDER_LIMIT = 500
+PACK_SIZE = 100
+
+
+@dataclass(frozen=True)
+class MemberRecord:
+    """One line of `members.jsonl`.
+
+    path: relative to the run, a PEFT folder or a pack; index: the place in a pack, else None;
+    sha256: of the weights file (of a pack: of this member's tensors); noise_std: of the Gaussian
+    likelihood, None for classification.
+    """
+
+    path: str
+    chain: int
+    draw: int
+    step: int
+    weight: float = 1.0
+    sha256: str = ""
+    noise_std: float | None = None
+    index: int | None = None
+
+
+class MemberWriter:
+    """Writes members one by one and keeps their records; `members.jsonl` grows with them.
+
+    Args:
+        root: the run's folder.
+        config_text: the PEFT config of every member.
+        expected: the number of members to come; it decides between folders and packs.
+        records: those already there, which new ones follow.
+        subfolder, name: where members go and what they are called.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config_text: str,
+        expected: int,
+        records: list[MemberRecord] | None = None,
+        *,
+        subfolder: str = "samples",
+        name: str = "sample_{:0{width}d}",
+        first: int = 1,
+    ) -> None:
+        self.root, self.config_text = root, config_text
+        self.packed = expected > FOLDER_LIMIT
+        self.records = list(records or [])
+        self.subfolder, self.name, self.first = subfolder, name, first
+        self.width = 4 if expected <= 9_999 else 6
+        self.index_file = root / (
+            "members.jsonl" if subfolder == "samples" else f"{subfolder}/members.jsonl"
+        )
+        self._pack: list[tuple[Mapping[str, Tensor], MemberRecord]] = []
+
+    def add(self, member: Mapping[str, Tensor], record: MemberRecord) -> Path:
+        """Write one member (packed: when its pack is full or at `flush`); its path.
+
+        Raises:
+            InputError: a tensor that is not finite; nothing is written.
+        """
+        check_finite(member, f"chain {record.chain}, draw {record.draw}")
+        number = len(self.records) + len(self._pack)
+        if self.packed:
+            self._pack.append((member, record))
+            path = self._pack_path(number)
+            if len(self._pack) == PACK_SIZE:
+                self.flush()
+            return path
+        path = self.root / self.subfolder / self.name.format(number + self.first, width=self.width)
+        weights = write_member(path, member, self.config_text)
+        self._note(record, path, hashlib.sha256(weights).hexdigest(), None)
+        return path
+
+    def flush(self) -> None:
+        """Write the members of an unfinished pack."""
+        if not self._pack:
+            return
+        path = self._pack_path(len(self.records))
+        tensors = {
+            f"{i}/{name}": tensor.contiguous()
+            for i, (member, _) in enumerate(self._pack)
+            for name, tensor in member.items()
+        }
+        write_atomic(path, save(tensors))
+        for i, (member, record) in enumerate(self._pack):
+            self._note(record, path, tensors_sha256(member), i)
+        self._pack = []
+
+    def _pack_path(self, number: int) -> Path:
+        return self.root / self.subfolder / f"pack_{number // PACK_SIZE + 1:04d}.safetensors"
+
+    def _note(self, record: MemberRecord, path: Path, sha256: str, index: int | None) -> None:
+        relative = path.relative_to(self.root).as_posix()
+        full = dataclasses.replace(record, path=relative, sha256=sha256, index=index)
+        self.records.append(full)
+        append_json_line(self.index_file, dataclasses.asdict(full))
+
+
+class PackReader:
+    """Reads packs, each once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._packs: dict[str, dict[str, Tensor]] = {}
+
+    def read(self, record: MemberRecord) -> dict[str, Tensor]:
+        path = self.root / record.path
+        if record.path not in self._packs:
+            try:
+                self._packs[record.path] = load_file(path)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise InputError(f"{path}: member file missing or damaged ({error})") from error
+        prefix = f"{record.index}/"
+        pack = self._packs[record.path]
+        return {n.removeprefix(prefix): t for n, t in pack.items() if n.startswith(prefix)}
+
+
+def read_verified(root: Path, record: MemberRecord, packs: PackReader) -> dict[str, Tensor]:
+    """A member's tensors, checked: inside the run's folder, sha256 as recorded, finite.
+
+    Raises:
+        InputError: naming the member and what is wrong with it.
+    """
+    path = root / record.path
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{record.path}: a member's path must lie inside {root}")
+    if record.index is not None:
+        member = packs.read(record)
+        found = tensors_sha256(member)
+    else:
+        member = read_member(path)
+        found = file_sha256(path / WEIGHTS_FILE)
+    if found != record.sha256:
+        raise InputError(
+            f"{path}: damaged member, its sha256 is {found[:12]}…, recorded {record.sha256[:12]}…; "
+            "restore the file or remove the member from ensemble.json"
+        )
+    check_finite(member, str(path))
+    return member
+
+
+def check_finite(member: Mapping[str, Tensor], what: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        InputError: naming the first tensor that has some.
+    """
+    for name, tensor in member.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{what}: {name} is not finite; the member is refused")
+
+
+def tensors_sha256(member: Mapping[str, Tensor]) -> str:
+    """sha256 over names and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(member):
+        digest.update(name.encode())
+        digest.update(member[name].contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

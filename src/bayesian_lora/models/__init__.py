@@ -1,0 +1,1 @@
+"""Chain-dimensional LoRA on HuggingFace encoders."""

@@ -1,0 +1,116 @@
+"""Batches → the mean negative log-likelihood of every chain, and its gradient.
+
+Shapes: M chains, B examples of a chain's batch, d parameters of a chain.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.models.chain_lora import ChainModel
+from bayesian_lora.posterior import LikelihoodName, PriorGroup, negative_log_likelihood
+from bayesian_lora.predict import predict_logits
+from bayesian_lora.samplers.base import Closure
+
+MICRO_BATCH_ON_CPU = 8
+
+
+class Objective:
+    """The likelihood of a task under a model: closures for training, values for traces.
+
+    Args:
+        model: with M chains.
+        data: the training set; its size is N.
+        likelihood: of the task.
+        micro_batch: examples of a chain in one forward pass; None is 8 on the CPU, where little
+            padding counts, and the whole batch elsewhere.
+    """
+
+    def __init__(
+        self,
+        model: ChainModel,
+        data: TokenisedSet,
+        likelihood: LikelihoodName,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.likelihood: LikelihoodName = likelihood
+        on_cpu = model.device.type == "cpu"
+        self.micro_batch = micro_batch or (MICRO_BATCH_ON_CPU if on_cpu else None)
+        self.log_noise: Tensor | None = None
+        """(M,) log standard deviations of the Gaussian likelihood, None for the categorical."""
+        if likelihood == "gaussian":
+            like = next(iter(model.chain_parameters().values()))
+            spread = data.labels.std().log().to(like)
+            self.log_noise = spread.expand(model.num_chains).clone()
+        self.accuracy: Tensor | None = None
+        """(M,) of the last closure's batch, None for regression."""
+        self.evaluations = 0
+        """Gradient evaluations of a chain's batch so far."""
+
+    def closure(self, rows: np.ndarray) -> Closure:
+        """The closure of one batch (M, B) of the training set; see `Sampler`'s units.
+
+        It raises `NonFiniteLoss` before any gradient is used.
+        """
+
+        def compute() -> Tensor:
+            self.model.zero_grad(set_to_none=True)
+            if self.log_noise is not None:
+                self.log_noise.grad = None
+            total = torch.zeros(rows.shape[0], device=self.model.device)
+            correct = torch.zeros_like(total)
+            for batch in self.data.micro_batches(rows, self.micro_batch, self.model.device):
+                outputs = self.model(**batch.inputs)
+                noise = None if self.log_noise is None else self.log_noise.exp()
+                nll = negative_log_likelihood(self.likelihood, outputs, batch.labels, noise)
+                loss = nll.mean(1) * batch.share
+                loss.sum().backward()
+                total = total + loss.detach()
+                correct += (outputs.detach().argmax(-1) == batch.labels).float().mean(
+                    1
+                ) * batch.share
+            self.evaluations += 1
+            self.accuracy = correct if self.likelihood == "categorical" else None
+            if not bool(torch.isfinite(total).all()):
+                raise NonFiniteLoss(total)
+            return total
+
+        return compute
+
+    @property
+    def noise_std(self) -> Tensor | None:
+        """(M,) float64 on the CPU, None for the categorical likelihood."""
+        return None if self.log_noise is None else self.log_noise.detach().cpu().double().exp()
+
+    def mean_nll(self, data: TokenisedSet) -> Tensor:
+        """Mean NLL (M,) of another set without gradients, float64 on the CPU."""
+        return self.score(data)[0]
+
+    def score(self, data: TokenisedSet) -> tuple[Tensor, Tensor | None]:
+        """Mean NLL (M,) and accuracy (M,) (None for regression) of another set."""
+        outputs = torch.from_numpy(predict_logits(self.model, data)).double()
+        labels = data.labels.expand(outputs.shape[0], -1)
+        nll = negative_log_likelihood(self.likelihood, outputs, labels, self.noise_std).mean(1)
+        if self.likelihood == "gaussian":
+            return nll, None
+        return nll, (outputs.argmax(-1) == labels).double().mean(1)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a chain is NaN or infinite; `.chains` says which."""
+
+    def __init__(self, loss: Tensor) -> None:
+        self.chains = [m for m, value in enumerate(loss.tolist()) if not np.isfinite(value)]
+        super().__init__(f"the loss of chain {', '.join(map(str, self.chains))} is not finite")
+
+
+def prior_groups(model: ChainModel, std: float, head_std: float | None) -> list[PriorGroup]:
+    """The factors under N(0, std²), the head under N(0, head_std²) (None: the same)."""
+    head = {id(p) for layer in model.head_layers().values() for p in layer.parameters()}
+    parameters = list(model.chain_parameters().values())
+    factors = tuple(p for p in parameters if id(p) not in head)
+    heads = tuple(p for p in parameters if id(p) in head)
+    return [PriorGroup(factors, std), PriorGroup(heads, head_std or std)]

@@ -1,0 +1,151 @@
+"""The folder of a run: what may begin in it, and the files that are written along the way."""
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayesian_lora import __version__
+from bayesian_lora.errors import InputError
+from bayesian_lora.utils.files import (
+    append_json_line,
+    read_json,
+    read_npz,
+    write_atomic,
+    write_json,
+    write_npz,
+)
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+
+
+class RunFolder:
+    """`runs/<experiment>/`: config, status, log, traces, predictions, metrics.
+
+    Statuses in `run.json`: ``running``, ``finished``, ``stopped`` (with the reason).
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.status: dict[str, Any] = {}
+        self._began = time.time()
+
+    def check_free(self, overwrite: bool) -> None:
+        """Refuse a folder that holds something, unless it is a run and may be replaced.
+
+        Raises:
+            InputError: says what is there and how to go on.
+        """
+        if self.root.is_file():
+            raise InputError(f"output.dir={str(self.root)!r} is a file; name a folder")
+        if not self.root.is_dir() or not any(self.root.iterdir()):
+            return
+        record = self.root / "run.json"
+        if not record.is_file():
+            raise InputError(
+                f"output.dir={str(self.root)!r} holds other files and no run; "
+                "name another folder with output.dir=…"
+            )
+        if not overwrite:
+            status = read_json(record, "run").get("status", "unknown")
+            raise InputError(
+                f"output.dir={str(self.root)!r} already holds a run (status: {status}): evaluate "
+                f"it with 'bayesian-lora eval {self.root}', keep both with output.dir=<new "
+                "folder>, or replace it with output.overwrite=true"
+            )
+
+    def begin(self, config_text: str, facts: dict[str, Any]) -> None:
+        """Clear a replaced run; write `config.yaml` and the first `run.json`."""
+        if self.root.is_dir():
+            shutil.rmtree(self.root)
+        self.root.mkdir(parents=True)
+        write_atomic(self.root / "config.yaml", config_text)
+        self.status = {
+            "status": "running",
+            "started": _now(),
+            "pid": os.getpid(),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            **facts,
+        }
+        self._write_status()
+
+    def finish(self, status: str, **facts: Any) -> None:
+        """The last `run.json`: status, wall time and whatever else is known."""
+        wall = time.time() - self._began
+        self.status |= {"status": status, "ended": _now(), "wall_s": round(wall, 2), **facts}
+        self._write_status()
+
+    def _write_status(self) -> None:
+        write_json(self.root / "run.json", self.status)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """One line of `log.jsonl`."""
+        append_json_line(self.root / "log.jsonl", line)
+
+    def write_traces(self, part: int, arrays: dict[str, np.ndarray]) -> None:
+        """`traces/part_….npz`, numbered from 1: arrays (M, rows) named by quantity."""
+        if arrays:
+            write_npz(self.root / "traces" / f"part_{part:05d}.npz", arrays)
+
+    def write_starts(self, row: dict[str, np.ndarray]) -> None:
+        """`traces/starts.npz`: the same quantities (M,) before the first sampling step."""
+        write_npz(self.root / "traces" / "starts.npz", row)
+
+    def write_predictions(self, split: str, arrays: dict[str, np.ndarray]) -> None:
+        """`predictions/<split>.npz`."""
+        write_npz(self.root / "predictions" / f"{split}.npz", arrays)
+
+    def write_metrics(self, split: str, default_split: str, value: dict[str, Any]) -> Path:
+        """`metrics.json` of the default split, `metrics.<split>.json` of any other."""
+        name = "metrics.json" if split == default_split else f"metrics.{split}.json"
+        write_json(self.root / name, value)
+        return self.root / name
+
+
+def read_traces(root: Path) -> dict[str, np.ndarray]:
+    """All parts joined, arrays (M, rows).
+
+    Raises:
+        InputError: a damaged part.
+    """
+    parts = [read_npz(path) for path in sorted((root / "traces").glob("part_*.npz"))]
+    names = parts[0].keys() if parts else ()
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
+
+
+def read_starts(root: Path) -> dict[str, np.ndarray] | None:
+    """What `RunFolder.write_starts` wrote, None where it is not there."""
+    path = root / "traces" / "starts.npz"
+    return read_npz(path) if path.is_file() else None
+
+
+def versions() -> dict[str, str]:
+    """Python's, ours and the versions of the packages a result depends on."""
+    found = {"python": platform.python_version(), "bayesian_lora": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the working tree this package is run from, None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

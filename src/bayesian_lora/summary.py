@@ -1,0 +1,87 @@
+"""The figures of `metrics.json` as lines for a person."""
+
+from typing import Any
+
+Figures = dict[str, Any]
+
+SHOWN = ("accuracy", "f1", "mcc", "pearson", "spearman", "rmse", "nll", "ece", "brier")
+
+
+def evaluation_lines(m: Figures) -> list[str]:
+    """What `eval` prints: the ensemble's line, the task's own metrics, the analysis block."""
+    ensemble, statistics = m["ensemble"], m["parameters"]
+    k = ensemble["k"]
+    return [
+        f"LoRA Ensemble@{k} — {_headline(ensemble)} | NLL: {ensemble['nll']:.4f}",
+        f"Dataset metrics: {_own(m)}",
+        "",
+        "LoRA Analysis:",
+        f"  - Number of samples: {statistics['num_samples']}",
+        f"  - Ensemble {_headline(ensemble).replace('Acc:', 'accuracy:')}",
+        f"  - Sample range: {m['sample_range'][0]} - {m['sample_range'][1]}",
+        "",
+        "LoRA Parameter Statistics:",
+        f"  - Parameter norm mean: {statistics['norm_mean']:.4f}",
+        f"  - Parameter norm std: {statistics['norm_std']:.4f}",
+        f"  - Parameter norm CV: {_number(statistics['norm_cv'])}",
+    ]
+
+
+def table_lines(m: Figures) -> list[str]:
+    """MAP, its temperature-scaled and ensembled forms, single members and the ensemble."""
+    rows = {
+        "MAP (mean of warm starts)": {k: v["mean"] for k, v in m["map"].items()},
+        "MAP, temperature-scaled": m["map_temperature_scaled"],
+        "MAP ensemble (deep ensemble)": m["map_ensemble"],
+        "single sample (mean)": {k: v["mean"] for k, v in m["single"].items()},
+        f"posterior ensemble of {m['ensemble']['k']}": m["ensemble"],
+    }
+    names = [n for n in SHOWN if m["ensemble"].get(n) is not None]
+    lines = [f"{'':<30}" + "".join(f"{name:>10}" for name in names)]
+    for title, row in rows.items():
+        lines.append(f"{title:<30}" + "".join(f"{_number(row.get(n)):>10}" for n in names))
+    return lines
+
+
+def closing_lines(m: Figures) -> list[str]:
+    """Truth (where known), uncertainty and the diagnostics' verdict."""
+    lines = []
+    if truth := m.get("truth"):
+        lines += [
+            f"Bayes-optimal NLL on these labels: {truth['bayes_nll']:.4f} "
+            f"(ensemble {m['ensemble']['nll']:.4f}); Bayes-optimal accuracy "
+            f"{truth['bayes_accuracy']:.1%}",
+            f"Mean KL from the known p(y | x) to the ensemble: {truth['excess']:.4f} nats",
+        ]
+    uncertainty = m["uncertainty"]
+    if uncertainty.get("predictive_entropy") is not None:
+        lines.append(
+            f"Predictive entropy {uncertainty['predictive_entropy']:.4f}, of which mutual "
+            f"information {_number(uncertainty['mutual_information'])} nats"
+        )
+    d = m["diagnostics"]
+    t_eff = _number(d["t_eff"])
+    lines += [
+        f"Effective temperature T_eff ≈ {t_eff} (mean over coordinates; nominal "
+        f"{m['temperature']:g})",
+        f"Chains: {d['verdict']}: {d['reason']}" if d.get("reason") else f"Chains: {d['verdict']}",
+    ]
+    return lines
+
+
+def _headline(figures: Figures) -> str:
+    if figures.get("accuracy") is not None:
+        return f"Acc: {figures['accuracy']:.1%}"
+    return f"Pearson: {_number(figures.get('pearson'))}"
+
+
+def _own(m: Figures) -> dict[str, float | None]:
+    return {name: _rounded(m["ensemble"].get(name)) for name in m["own_metrics"]}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""Tensor and random-number helpers that every room may use."""

@@ -1,0 +1,216 @@
+"""The warm start: AdamW on U/N, all chains at once, each from its own start and batch order.
+
+Shapes: M chains, N training examples.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesian_lora.data.batching import BatchOrder, TokenisedSet
+from bayesian_lora.objective import Objective
+from bayesian_lora.posterior import PriorGroup
+from bayesian_lora.predict import predict_logits
+from bayesian_lora.samplers.schedules import warmup_linear_decay
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One epoch's end: means over the epoch's batches, and of the held-out set, each (M,)."""
+
+    epoch: int
+    train_loss: Tensor
+    validation_loss: Tensor | None
+    validation_accuracy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimiser step of any phase: `loss` and `accuracy` (M,), `lr` the step size."""
+
+    phase: str
+    step: int
+    total: int
+    loss: Tensor
+    accuracy: Tensor | None
+    lr: float
+    examples: int
+    t_eff: Tensor | None = None
+
+
+OnStep = Callable[[StepReport], None]
+
+
+class WarmStart:
+    """Maximum a posteriori by AdamW with linear decay; no weight decay, the prior does that.
+
+    Args:
+        objective: of the model to be fitted.
+        groups: the model's tensors under their priors.
+        order: each chain's batches.
+        epochs, lr, warmup_share: the schedule.
+        validation: held-out set for `EpochReport` and early stopping.
+        early_stopping: keep each chain's epoch of lowest validation loss.
+        patience: end when no chain has improved for so many epochs.
+        dropout: generators of the LoRA dropout, one per chain.
+
+    Raises:
+        ValueError: early stopping without a validation set, patience without early stopping.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        groups: list[PriorGroup],
+        order: BatchOrder,
+        *,
+        epochs: int,
+        lr: float,
+        warmup_share: float = 0.06,
+        validation: TokenisedSet | None = None,
+        early_stopping: bool = False,
+        patience: int | None = None,
+        dropout: list[torch.Generator] | None = None,
+    ) -> None:
+        if early_stopping and validation is None:
+            raise ValueError("early_stopping=True needs a validation set")
+        if patience is not None and not early_stopping:
+            raise ValueError(f"patience={patience} acts only with early_stopping=True")
+        self.objective, self.groups, self.order = objective, groups, order
+        self.epochs, self.validation = epochs, validation
+        self.early_stopping, self.patience = early_stopping, patience
+        self.dropout = dropout
+        self.total = epochs * order.batches_per_epoch
+        warmup = round(warmup_share * self.total)
+        self.factor = lambda step: warmup_linear_decay(step, warmup=warmup, total=self.total)
+        parameters = [tensor for group in groups for tensor in group.tensors]
+        if objective.log_noise is not None:
+            parameters.append(objective.log_noise.requires_grad_())
+        self.base_lr = lr
+        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+        self.step = 0
+        self.rows: np.ndarray | None = None
+        self.losses = torch.zeros(len(order.generators))
+        chains = len(order.generators)
+        self.best_loss = torch.full((chains,), float("inf"), dtype=torch.float64)
+        self.best_epoch = torch.full((chains,), -1)
+        self.best: dict[str, Tensor] = {}
+
+    def run(self, on_step: OnStep, on_epoch: Callable[[EpochReport], None]) -> None:
+        """Go on from where the state is to the end of the last epoch."""
+        per_epoch = self.order.batches_per_epoch
+        while self.step < self.total and not self._out_of_patience():
+            epoch, number = divmod(self.step, per_epoch)
+            if number == 0:
+                self.rows = self.order.epoch()
+                self.losses.zero_()
+            assert self.rows is not None
+            report = self._one_step(self.order.epoch_batch(self.rows, number))
+            ended = self._end_epoch(epoch) if number == per_epoch - 1 else None
+            # Called last, so that a state saved by either of them lacks nothing of this step.
+            on_step(report)
+            if ended is not None:
+                on_epoch(ended)
+        self.finish()
+
+    def _one_step(self, rows: np.ndarray) -> StepReport:
+        lr = self.base_lr * self.factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        model = self.objective.model
+        model.lora_dropout(self.dropout)
+        try:
+            loss = self.objective.closure(rows)()
+        finally:
+            model.lora_dropout(None)
+        add_prior_gradient(self.groups, len(self.objective.data))
+        self.optimizer.step()
+        self.step += 1
+        self.losses += loss.cpu() * (rows.shape[1] / len(self.objective.data))
+        accuracy = self.objective.accuracy
+        return StepReport("map", self.step, self.total, loss, accuracy, lr, rows.size)
+
+    def _end_epoch(self, epoch: int) -> EpochReport:
+        if self.validation is None:
+            return EpochReport(epoch, self.losses.clone(), None)
+        loss, accuracy = self.objective.score(self.validation)
+        if self.early_stopping:
+            self._keep_best(epoch, loss)
+        return EpochReport(epoch, self.losses.clone(), loss, accuracy)
+
+    def _keep_best(self, epoch: int, loss: Tensor) -> None:
+        better = loss < self.best_loss
+        if self.patience is not None:
+            # A chain out of patience keeps its fit, though others make the run go on: what it
+            # gives does not depend on who runs beside it.
+            better &= epoch - 1 - self.best_epoch < self.patience
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_epoch = torch.where(better, torch.tensor(epoch), self.best_epoch)
+        for name, now in self._tensors().items():
+            old = self.best.get(name, now)
+            mask = better.to(now.device).view(-1, *[1] * (now.ndim - 1))
+            self.best[name] = torch.where(mask, now.detach(), old.detach()).clone()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = dict(self.objective.model.chain_parameters())
+        if self.objective.log_noise is not None:
+            tensors["log_noise"] = self.objective.log_noise
+        return tensors
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None or self.step % self.order.batches_per_epoch:
+            return False
+        epoch = self.step // self.order.batches_per_epoch
+        return epoch > 0 and bool((epoch - 1 - self.best_epoch >= self.patience).all())
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Put every chain's best epoch back; refit the noise scale on the held-out set."""
+        for name, tensor in self._tensors().items():
+            if name in self.best:
+                tensor.copy_(self.best[name])
+        self.objective.model.zero_grad(set_to_none=True)
+        log_noise = self.objective.log_noise
+        if log_noise is None:
+            return
+        log_noise.requires_grad_(False).grad = None
+        if self.validation is not None:
+            means = torch.from_numpy(predict_logits(self.objective.model, self.validation))[..., 0]
+            residual = (means - self.validation.labels).double()
+            log_noise.copy_(residual.square().mean(1).sqrt().log())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on but the model's own tensors."""
+        return {
+            "step": self.step,
+            "rows": None if self.rows is None else torch.from_numpy(self.rows),
+            "losses": self.losses.clone(),
+            "best_loss": self.best_loss.clone(),
+            "best_epoch": self.best_epoch.clone(),
+            "best": {name: tensor.clone() for name, tensor in self.best.items()},
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`."""
+        self.step = state["step"]
+        self.rows = None if state["rows"] is None else state["rows"].numpy()
+        self.losses = state["losses"].clone()
+        self.best_loss = state["best_loss"].clone()
+        self.best_epoch = state["best_epoch"].clone()
+        self.best = {name: tensor.clone() for name, tensor in state["best"].items()}
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+
+
+@torch.no_grad()
+def add_prior_gradient(groups: list[PriorGroup], num_examples: int) -> None:
+    """∇L → ∇(U/N) = ∇L + θ/(Nσ²), in place."""
+    for group in groups:
+        for tensor in group.tensors:
+            if tensor.grad is not None:
+                tensor.grad.add_(tensor, alpha=1.0 / (num_examples * group.std**2))
