@@ -9,11 +9,13 @@ ARGS   ?=
 TRAIN = $(BIN)/python scripts/train_lora_hf.py --config configs/$(1).yaml $(ARGS)
 EVAL  = $(BIN)/python scripts/eval_lora_hf.py --config configs/$(1).yaml $(ARGS)
 
+# Without a hub or a GPU: the packaged encoder on local data.
+LOCAL := mrpc-minilm-sgld sst2-minilm-sgld
 EXPERIMENTS := sst2-bert-sgld sst2-roberta-sam-sgld mrpc-distilbert-asgld imdb-bert-sam-sgld-r1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint clean experiments-all eval-all \
-	$(addprefix experiment-,$(EXPERIMENTS)) $(addprefix eval-,$(EXPERIMENTS))
+	$(addprefix experiment-,$(EXPERIMENTS)) $(addprefix eval-,$(EXPERIMENTS)) $(addprefix experiment-,$(LOCAL)) $(addprefix eval-,$(LOCAL))
 
 help: ## list the targets
 	@grep -hE '^[a-zA-Z0-9_-]+:.*## ' $(MAKEFILE_LIST) | sort \
@@ -65,6 +67,18 @@ eval-mrpc-distilbert-asgld: setup ## evaluate that experiment's ensemble
 
 eval-imdb-bert-sam-sgld-r1: setup ## evaluate that experiment's ensemble
 	$(call EVAL,experiment_imdb_bert_sam_sgld_r1)
+
+experiment-mrpc-minilm-sgld: setup ## MRPC, packaged encoder, SGLD (local data, no hub)
+	$(call TRAIN,experiment_mrpc_minilm_sgld)
+
+experiment-sst2-minilm-sgld: setup ## SST-2, packaged encoder, SGLD (local data, no hub)
+	$(call TRAIN,experiment_sst2_minilm_sgld)
+
+eval-mrpc-minilm-sgld: setup ## evaluate that experiment's ensemble
+	$(call EVAL,experiment_mrpc_minilm_sgld)
+
+eval-sst2-minilm-sgld: setup ## evaluate that experiment's ensemble
+	$(call EVAL,experiment_sst2_minilm_sgld)
 
 experiments-all: $(addprefix experiment-,$(EXPERIMENTS)) ## all four experiments (make -k goes on after a failure)
 

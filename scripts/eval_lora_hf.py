@@ -13,7 +13,7 @@ def arguments() -> list[str]:
     which.add_argument("--single", action="store_true", help="the latest sample alone")
     parser.add_argument("--split", help="a split of the task by name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config keys to change")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     options = [] if given.k is None else ["--k", str(given.k)]
     options += ["--single"] if given.single else []
     options += [] if given.split is None else ["--split", given.split]

@@ -3,8 +3,12 @@
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer, RobertaTokenizer
 
 # Before torch and huggingface_hub are imported: tests run side by side, and none needs the hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,24 +76,27 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in configs}
 
 
-def _wordpiece_tokenizer(sentences: list[str]):
-    from transformers import BertTokenizerFast
+def _wordpiece_tokenizer(sentences: list[str]) -> "BertTokenizer":
+    from transformers import BertTokenizer
 
     words = sorted(set(re.findall(r"\w+|[^\w\s]", " ".join(sentences).lower())))
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     pieces = [*letters, *(f"##{letter}" for letter in letters), *words]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*special, *pieces]))}
-    return BertTokenizerFast(vocab=vocabulary, model_max_length=TINY_LENGTH)
+    return BertTokenizer(vocab=vocabulary, model_max_length=TINY_LENGTH)
 
 
-def _byte_level_tokenizer(sentences: list[str], folder: Path):
-    from tokenizers.implementations import ByteLevelBPETokenizer
-    from transformers import RobertaTokenizerFast
+def _byte_level_tokenizer(sentences: list[str], folder: Path) -> "RobertaTokenizer":
+    from tokenizers import AddedToken
+    from tokenizers.implementations.byte_level_bpe import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizer
 
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(sentences, 500, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator(
+        iter(sentences), 500, special_tokens=[AddedToken(t) for t in special], show_progress=False
+    )
     bpe.save_model(str(folder))
-    files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
-    return RobertaTokenizerFast(**files, model_max_length=TINY_LENGTH)
+    vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+    return RobertaTokenizer(vocab=vocabulary, merges=merges, model_max_length=TINY_LENGTH)

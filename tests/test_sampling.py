@@ -1,4 +1,4 @@
-"""Burn-in and collection: schedules, draws, traces, heat, chains alone, starts; in float64.
+"""Burn-in and collection: schedules, draws, traces, heat, chains alone; in float64.
 
 Shapes: M chains, B examples of a chain's batch, N training examples, T draws.
 """
@@ -22,12 +22,12 @@ from bayesian_lora.models.hf_lora import build_huggingface_lora_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.samplers import SGLD
 from bayesian_lora.samplers.schedules import BurnIn, Thinning
-from bayesian_lora.sampling import Chains, Streams, effective_temperature, spread_start
+from bayesian_lora.sampling import Chains, Streams, effective_temperature
 from bayesian_lora.traces import Traces
 from bayesian_lora.utils.rng import chain_generators
 from bayesian_lora.warm_start import StepReport
 
-N, BATCH = 24, 4
+N, BATCH, BURN_IN = 24, 4, BurnIn(5, 0.08, 0.02)
 
 
 @dataclass
@@ -72,7 +72,7 @@ def set_up(tiny_models: dict[str, Path]) -> SetUp:
     def build(
         numbers: list[int],
         *,
-        burn_in: BurnIn = BurnIn(5, 0.08, 0.02),  # noqa: B008
+        burn_in: BurnIn = BURN_IN,
         thin: int = 4,
         draws: int = 5,
         trace_every: int = 3,
@@ -91,7 +91,7 @@ def set_up(tiny_models: dict[str, Path]) -> SetUp:
         sets = [generate("train", size=N), generate("validation", size=3)]
         train, probe = (TokenisedSet(examples, tokenizer, 64) for examples in sets)
         objective, groups = Objective(model, train, "categorical"), prior_groups(model, 0.2, 0.5)
-        streams = Streams(*(chain_generators(0, numbers, p) for p in ("o", "d", "n", "h")))
+        streams = Streams(*(chain_generators(0, numbers, p) for p in ("o", "d", "b", "n", "h")))
         sampler = SGLD(
             [{"params": list(g.tensors), "prior_std": g.std} for g in groups],
             step_size=burn_in.end,
@@ -289,38 +289,3 @@ def test_a_chain_runs_as_if_alone(set_up: SetUp):
             np.testing.assert_allclose(column[0], columns[name][m], rtol=0, atol=1e-8)
         for ours, theirs in zip(alone.chains.t_eff, together.chains.t_eff, strict=True):
             torch.testing.assert_close(ours[0], theirs[m], rtol=1e-8, atol=0)
-
-
-def start_from(model: ChainModel, objective: Objective, jitter: float, numbers: list[int]) -> None:
-    spread_start(model, objective, jitter, chain_generators(0, numbers, "start"))
-
-
-def test_spread_start(set_up: SetUp):
-    """θ + jitter·z, each chain its own z, over all tensors."""
-    run = set_up([5])
-    fitted, objective = run.tensors(), run.chains.objective
-    objective.log_noise = torch.tensor([0.3])
-    start_from(run.model, objective, 0.07, [0, 1, 2])
-    assert run.model.num_chains == 3
-    assert objective.log_noise.tolist() == pytest.approx([0.3] * 3)
-    spread = run.tensors()
-    z = torch.cat([((t - fitted[n]) / 0.07).flatten(1) for n, t in spread.items()], dim=1)
-    assert z.shape[1] > 500
-    assert z.std(1).tolist() == pytest.approx([1, 1, 1], abs=4 / math.sqrt(2 * z.shape[1]))
-    assert z.mean(1).abs().max() < 4 / math.sqrt(z.shape[1])
-    assert (torch.corrcoef(z) - torch.eye(3)).abs().max() < 4 / math.sqrt(z.shape[1])
-
-    alone = set_up([5])
-    start_from(alone.model, alone.chains.objective, 0.07, [2])
-    assert all(torch.equal(t[0], spread[n][2]) for n, t in alone.tensors().items())
-
-
-def test_spread_start_without_jitter_is_the_fit(set_up: SetUp):
-    run = set_up([5])
-    fitted = run.tensors()
-    nll = run.chains.objective.mean_nll(run.chains.objective.data)
-    start_from(run.model, run.chains.objective, 0.0, [0, 1])
-    for name, tensor in run.tensors().items():
-        assert torch.equal(tensor, fitted[name].expand_as(tensor))
-    again = run.chains.objective.mean_nll(run.chains.objective.data)
-    torch.testing.assert_close(again, nll.expand(2), rtol=0, atol=1e-12)

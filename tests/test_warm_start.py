@@ -45,10 +45,9 @@ class Fit:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = dict(self.warm.objective.model.chain_parameters())
-        if self.warm.objective.log_noise is not None:
-            found["log_noise"] = self.warm.objective.log_noise
-        return {name: tensor.detach().clone() for name, tensor in found.items()}
+        found = {**self.warm.objective.model.chain_parameters()}
+        noise = {} if (x := self.warm.objective.log_noise) is None else {"log_noise": x}
+        return {n: tensor.detach().clone() for n, tensor in (found | noise).items()}
 
 
 SetUp = Callable[..., Fit]

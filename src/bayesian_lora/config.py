@@ -135,6 +135,8 @@ class Config:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
+# OmegaConf raises TypeError where a list meets a mapping.
+_WRONG = (OmegaConfBaseException, pydantic.ValidationError, TypeError)
 _SECTION = {
     "Config": "",
     "DataConfig": "data.",
@@ -175,13 +177,13 @@ def build_config(
     """Validate a mapping and its overrides against the schema; errors as in `load_config`."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
-    except (OmegaConfBaseException, pydantic.ValidationError) as error:
+    except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     for item in overrides:
         merged = _override(merged, item)
     try:
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, pydantic.ValidationError) as error:
+    except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     assert isinstance(config, Config)
     _check_consistency(config)
@@ -194,8 +196,10 @@ def _override(merged: Any, item: str) -> Any:
         raise InputError(f"override {item!r}: write key=value, such as sampler.chains=2")
     try:
         return OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
-    except (OmegaConfBaseException, pydantic.ValidationError) as error:
+    except _WRONG as error:
         raise InputError(f"override {item!r}: {_explain(error)}") from error
+    except IndexError as error:  # OmegaConf's own, of keys such as "[a"
+        raise InputError(f"override {item!r}: the key has unpaired brackets") from error
     except yaml.YAMLError as error:
         raise InputError(f"override {item!r}: the value is not YAML: {_one_line(error)}") from error
 
@@ -244,8 +248,10 @@ def _explain(error: Exception) -> str:
         first = error.errors()[0]
         section = _SECTION.get(error.title, "")
         key = section + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
-        return f"{key}={first['input']!r}: {first['msg'].lower()}"
-    key = getattr(error, "full_key", None)
+        return " ".join(f"{key}={first['input']!r}: {first['msg'].lower()}".split())
+    if isinstance(error, TypeError):
+        return "a list stands where a mapping is wanted, such as data.files={train: train.csv}"
+    key = " ".join(str(getattr(error, "full_key", None) or "").split())
     text = _one_line(error)
     return text if not key or f"'{key}'" in text else f"{key}: {text}"
 

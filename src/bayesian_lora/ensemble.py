@@ -17,7 +17,13 @@ from torch import Tensor
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.errors import InputError
-from bayesian_lora.member_files import MemberRecord, MemberWriter, PackReader, read_verified
+from bayesian_lora.member_files import (
+    MemberRecord,
+    MemberWriter,
+    PackReader,
+    parse_record,
+    read_verified,
+)
 from bayesian_lora.models.hf_lora import HuggingFaceLora, LoraSpec, build_huggingface_lora_model
 from bayesian_lora.models.peft_io import adapter_config, write_member
 from bayesian_lora.models.sources import load_pretrained, resolve_model
@@ -27,6 +33,26 @@ from bayesian_lora.utils.lora_params import stack
 
 MANIFEST = "ensemble.json"
 FORMAT = 1
+_NUMBER = (int, float)
+_KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "model": {
+        "name": str,
+        "fingerprint": str,
+        "num_labels": int,
+        "max_length": int,
+        "dtype": str,
+    },
+    "task": {"name": str, "likelihood": str},
+    "lora": {
+        "rank": int,
+        "alpha": _NUMBER,
+        "dropout": _NUMBER,
+        "target_modules": list,
+        "head_modules": list,
+    },
+    "sampler": {"name": str, "temperature": _NUMBER, "tempering": str, "starts": str},
+}
+"""What evaluation reads of a manifest's head, by section."""
 
 
 @dataclass(frozen=True)
@@ -148,21 +174,21 @@ class Ensemble:
         """Logits of all members on raw texts or pairs of texts; labels are −1 (unknown).
 
         Raises:
-            InputError: no texts, or the base model is not to be had or not the one sampled on.
+            InputError: no texts or something else among them, or the base model is not to be had or
+                not the one sampled on.
         """
-        if not len(texts):
-            raise InputError("no texts to predict: give a list of at least one")
+        columns, n = _columns(texts), len(texts)
         model, tokenizer = self._loaded()
-        pairs = not isinstance(texts[0], str)
-        columns = tuple(list(c) for c in zip(*texts, strict=True)) if pairs else (list(texts),)
-        n = len(texts)
         examples = Examples(columns, np.full(n, -1, dtype=np.int64), np.arange(n))
         data = TokenisedSet(examples, tokenizer, self.provenance.model["max_length"])
         return self.predict_set(model, data)
 
     def predict_set(self, model: HuggingFaceLora, data: TokenisedSet) -> Predictions:
         """Predictions on a tokenised set, with the members put into `model`'s chain dimension."""
-        model.load_chains(self.state())
+        try:
+            model.load_chains(self.state())
+        except ValueError as error:
+            raise InputError(f"the members do not fit the model: {error}") from error
         return Predictions(
             predict_logits(model, data),
             data.examples.labels,
@@ -179,6 +205,19 @@ class Ensemble:
             self._model = load_model(self.provenance)
             self._tokenizer = load_pretrained(AutoTokenizer, self._model.info.source)
         return self._model, self._tokenizer
+
+
+def _columns(texts: Sequence[Any]) -> tuple[list[str], ...]:
+    """Texts or pairs of texts → one column or two."""
+    rule = "give a list of texts, or of pairs of texts"
+    if isinstance(texts, str) or not len(texts):
+        raise InputError(f"texts={texts!r}: {rule}, at least one")
+    rows = [[text] if isinstance(text, str) else text for text in texts]
+    for i, row in enumerate(rows):
+        known = isinstance(row, list | tuple) and all(isinstance(text, str) for text in row)
+        if not (known and len(row) in (1, 2) and len(row) == len(rows[0])):
+            raise InputError(f"texts: number {i} is {row!r}; {rule}")
+    return tuple([row[j] for row in rows] for j in range(len(rows[0])))
 
 
 def load_model(provenance: Provenance, device: torch.device | str = "cpu") -> HuggingFaceLora:
@@ -226,12 +265,18 @@ def read_manifest(root: Path) -> tuple[Provenance, list[MemberRecord]]:
     if value.get("format") != FORMAT:
         raise InputError(f"{path}: format {value.get('format')!r}, this version reads {FORMAT}")
     try:
+        for section, kinds in _KINDS.items():
+            for name, kind in kinds.items():
+                if not isinstance(value[section][name], kind):
+                    raise TypeError(f"{section}.{name} is {value[section][name]!r}")
         names = [field.name for field in dataclasses.fields(Provenance)]
         provenance = Provenance(**{name: value[name] for name in names})
-        records = [MemberRecord(**row) for row in value["members"]]
+        records = [parse_record(row) for row in value["members"]]
         _ = provenance.spec
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged, {error}") from error
+    except KeyError as error:
+        raise InputError(f"{path}: damaged, {error} is missing; restore the file") from error
+    except TypeError as error:
+        raise InputError(f"{path}: damaged, {error}; restore the file") from error
     return provenance, records
 
 
@@ -245,7 +290,7 @@ def map_ensemble(root: Path) -> Ensemble:
     path = root / "map" / "members.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-        records = [MemberRecord(**json.loads(line)) for line in lines]
+        records = [parse_record(json.loads(line)) for line in lines]
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found, so the run has no warm starts yet") from error
     except (OSError, ValueError, TypeError) as error:

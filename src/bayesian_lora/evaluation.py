@@ -45,15 +45,18 @@ def member(p: Predictions, k: int) -> Predictions:
 def mean_and_sd(rows: Sequence[Figures]) -> Figures:
     """{figure: {"mean", "sd"}} over rows (ddof 1); one row has no sd, and says so."""
     names = [n for n in rows[0] if not n.endswith("_reason")]
-    return {
-        name: _spread([row[name] for row in rows], rows[0].get(f"{name}_reason")) for name in names
-    }
+    return {name: _spread([row[name] for row in rows], _reason(rows, name)) for name in names}
+
+
+def _reason(rows: Sequence[Figures], name: str) -> str | None:
+    return next((r for row in rows if (r := row.get(f"{name}_reason"))), None)
 
 
 def _spread(values: Sequence[float | None], reason: str | None) -> Figures:
     known = [v for v in values if v is not None]
     if len(known) < len(values):
-        return {"mean": None, "sd": None, "reason": reason or "not available for every member"}
+        missing = f"missing in {len(values) - len(known)} of {len(values)}"
+        return {"mean": None, "sd": None, "reason": f"{missing}: {reason}" if reason else missing}
     if len(known) == 1:
         return {"mean": known[0], "sd": None, "sd_reason": "one value has no spread"}
     return {"mean": float(np.mean(known)), "sd": float(np.std(known, ddof=1))}
@@ -79,11 +82,12 @@ def temperature_scaled(
         t = metrics.temperature_scale(held_out.logits[k], held_out.labels)
         scaled = Predictions(p.logits[k : k + 1] / t, p.labels, np.ones(1), p.example_id)
         rows.append({**evaluate(own, regression, scaled), "temperature": t})
-    return {
-        name: None if rows[0][name] is None else float(np.mean([row[name] for row in rows]))
-        for name in rows[0]
-        if not name.endswith("_reason")
-    }
+    figures: Figures = {}
+    for name, spread in mean_and_sd(rows).items():
+        figures[name] = spread["mean"]
+        if "reason" in spread:
+            figures[f"{name}_reason"] = spread["reason"]
+    return figures
 
 
 def uncertainty(regression: bool, p: Predictions) -> Figures:
@@ -94,25 +98,27 @@ def uncertainty(regression: bool, p: Predictions) -> Figures:
     return metrics.uncertainty(p.logits, p.weights)
 
 
-def against_truth(p: Predictions) -> Figures | None:
-    """Where p(y | x) is known: the Bayes-optimal NLL on these labels, and the distance to truth.
+def against_truth(p: Predictions) -> Figures:
+    """Where p(y | x) is known, ``truth``: the Bayes-optimal NLL on these labels, and the distance
+    to truth; else nothing.
 
     ``expected_nll`` is the mean over x of −Σ_y p(y|x) log q(y|x), free of the labels' noise;
     ``excess`` is it minus the entropy of p: the mean KL(p ‖ q), zero for the truth alone.
     """
     if p.true_probs is None:
-        return None
+        return {}
     truth = p.true_probs
     log_q = metrics.ensemble_log_probs(p.logits, p.weights)
     entropy = -(truth * np.log(truth)).sum(1).mean()
     drawn = truth[np.arange(len(p)), p.labels]
     expected = -(truth * log_q).sum(1).mean()
-    return {
+    figures = {
         "bayes_nll": float(-np.log(drawn).mean()),
         "bayes_accuracy": float((truth.argmax(1) == p.labels).mean()),
         "expected_nll": float(expected),
         "excess": float(expected - entropy),
     }
+    return {"truth": figures}
 
 
 def parameter_statistics(norms: np.ndarray) -> Figures:
@@ -121,9 +127,7 @@ def parameter_statistics(norms: np.ndarray) -> Figures:
     They depend on LoRA's gauge, so no verdict rests on them.
     """
     mean, std = float(norms.mean()), float(norms.std())
-    return {
-        "num_samples": len(norms),
-        "norm_mean": mean,
-        "norm_std": std,
-        "norm_cv": std / mean if mean else None,
-    }
+    figures = {"num_samples": len(norms), "norm_mean": mean, "norm_std": std}
+    if mean == 0:
+        return {**figures, "norm_cv": None, "norm_cv_reason": "every norm is 0"}
+    return {**figures, "norm_cv": std / mean}

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -37,6 +39,33 @@ class MemberRecord:
     sha256: str = ""
     noise_std: float | None = None
     index: int | None = None
+
+
+def parse_record(row: Any) -> MemberRecord:
+    """A record from its JSON object.
+
+    Raises:
+        TypeError: a field missing, unknown, or of the wrong kind (named).
+    """
+    record = MemberRecord(**row)
+    noise, index = record.noise_std, record.index
+    kinds = {
+        "path": isinstance(record.path, str),
+        "sha256": isinstance(record.sha256, str),
+        "chain": type(record.chain) is int,
+        "draw": type(record.draw) is int,
+        "step": type(record.step) is int,
+        "index": index is None or type(index) is int,
+        "weight": _is_number(record.weight) and record.weight >= 0,
+        "noise_std": noise is None or (_is_number(noise) and noise > 0),
+    }
+    if wrong := [name for name, right in kinds.items() if not right]:
+        raise TypeError(f"a member's {wrong[0]} is {getattr(record, wrong[0])!r}")
+    return record
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class MemberWriter:
@@ -77,7 +106,8 @@ class MemberWriter:
         Raises:
             InputError: a tensor that is not finite; nothing is written.
         """
-        check_finite(member, f"chain {record.chain}, draw {record.draw}")
+        noise = {} if record.noise_std is None else {"noise_std": torch.tensor(record.noise_std)}
+        check_finite({**member, **noise}, f"chain {record.chain}, draw {record.draw}")
         number = len(self.records) + len(self._pack)
         if self.packed:
             self._pack.append((member, record))

@@ -25,7 +25,7 @@ class Progress:
         if self.quiet:
             return
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, flush=True)
 
@@ -49,7 +49,7 @@ class Progress:
             print(text, flush=True)
 
     def _line_due(self, done: int) -> bool:
-        return done == self._total or done % max(1, self._total // LINES_PER_PHASE) == 0
+        return done == self._total or done % max(1, -(-self._total // LINES_PER_PHASE)) == 0
 
     def end(self) -> None:
         """Close the present phase's bar."""

@@ -40,10 +40,18 @@ class RunFolder:
         """Refuse a folder that holds something, unless it is a run and may be replaced.
 
         Raises:
-            InputError: says what is there and how to go on.
+            InputError: says what is there and how to go on; also if no folder can be made there.
         """
-        if self.root.is_file():
-            raise InputError(f"output.dir={str(self.root)!r} is a file; name a folder")
+        nearest = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not nearest.is_dir():
+            raise InputError(
+                f"output.dir={str(self.root)!r}: {nearest} is a file; name another folder"
+            )
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise InputError(
+                f"output.dir={str(self.root)!r}: {nearest} cannot be written to; "
+                "name another folder"
+            )
         if not self.root.is_dir() or not any(self.root.iterdir()):
             return
         record = self.root / "run.json"
@@ -62,9 +70,9 @@ class RunFolder:
 
     def begin(self, config_text: str, facts: dict[str, Any]) -> None:
         """Clear a replaced run; write `config.yaml` and the first `run.json`."""
-        if self.root.is_dir():
-            shutil.rmtree(self.root)
-        self.root.mkdir(parents=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        for old in self.root.iterdir():  # the folder itself may be a link or a mount
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         write_atomic(self.root / "config.yaml", config_text)
         self.status = {
             "status": "running",
@@ -115,7 +123,11 @@ def read_traces(root: Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: a damaged part.
     """
-    parts = [read_npz(path) for path in sorted((root / "traces").glob("part_*.npz"))]
+    paths = sorted((root / "traces").glob("part_*.npz"))
+    parts = [read_npz(path) for path in paths]
+    chains = [{name: x.shape[:-1] for name, x in part.items()} for part in parts]
+    if odd := [path for path, found in zip(paths, chains, strict=True) if found != chains[0]]:
+        raise InputError(f"{odd[0]}: damaged, its quantities or chains are not those of part 1")
     names = parts[0].keys() if parts else ()
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
 
@@ -144,7 +156,8 @@ def git_commit() -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    # Before the first commit git prints "HEAD" and fails.
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _now() -> str:

@@ -26,15 +26,20 @@ HEAT_PROBES = 10
 
 @dataclass(frozen=True)
 class Streams:
-    """One generator per chain and purpose; no two share a draw."""
+    """One generator per chain and purpose; no two share a draw.
+
+    order, dropout: of the warm start; batches, noise: of the sampler, on streams of their own, so
+    that they do not depend on how long the warm start went on; heat: of `Chains`' probes.
+    """
 
     order: list[torch.Generator]
     dropout: list[torch.Generator]
+    batches: list[torch.Generator]
     noise: list[torch.Generator]
     heat: list[torch.Generator]
 
     def all(self) -> list[torch.Generator]:
-        return [*self.order, *self.dropout, *self.noise, *self.heat]
+        return [*self.order, *self.dropout, *self.batches, *self.noise, *self.heat]
 
 
 class Chains:
@@ -98,7 +103,9 @@ class Chains:
         return StepReport(phase, number, total, loss, accuracy, h, rows.size, heat)
 
     def _heat_due(self, done: int) -> bool:
-        return done % max(1, self.thinning.steps // HEAT_PROBES) == 0
+        """At the first step, and whenever another tenth of the phase is done."""
+        tenths = [step * HEAT_PROBES // self.thinning.steps for step in (done - 1, done)]
+        return tenths[0] != tenths[1]
 
     def _measure_heat(self) -> Tensor:
         """T_eff (M,), see `effective_temperature`, from two i.i.d. batches at the same θ."""
@@ -114,12 +121,12 @@ class Chains:
     def _gradient(self) -> Tensor:
         self.objective.closure(self.heat.iid())()
         parts = [
-            p.grad.flatten(1).double()
+            p.grad.flatten(1).cpu().double()
             for group in self.sampler.param_groups
             for p in group["params"]
             if p.grad is not None
         ]
-        return torch.cat(parts, dim=1).cpu()
+        return torch.cat(parts, dim=1)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesian_lora.models.chain_lora import ChainDropout, ChainLinear, ChainLora
+from bayesian_lora.models.chain_lora import ChainDropout, ChainLinear, ChainLora, ChainModel
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.utils.rng import chain_generators
 
@@ -94,6 +94,9 @@ def test_a_chain_among_others_is_the_chain_alone(
             assert parameter.grad.any()
             torch.testing.assert_close(grad[m], parameter.grad[0], atol=1e-10, rtol=1e-10)
     assert torch.equal(logits[0], logits[1]) == (dropout == 0)
+    if dropout:  # the masks reach as far as each chain's longest text
+        lengths = [layer.dropout.lengths for layer in model.lora_layers().values()]
+        assert lengths == [[max(own) for own in LENGTHS]] * len(lengths)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
@@ -135,8 +138,22 @@ def test_members_of_another_number_go_into_the_chain_dimension(
         p.dtype == torch.float64 and p.requires_grad for p in model.chain_parameters().values()
     )
     torch.testing.assert_close(model(**own[0]), logits[[1, 0, 1, 1, 0]], atol=1e-5, rtol=0)
-    state["classifier.bias"].zero_()
+    own = {n: p.detach().clone() for n, p in model.chain_parameters().items()}
+    model.load_chains(own)
+    own["classifier.bias"].zero_()
     assert model.chain_parameters()["classifier.bias"].any(), "the model must own its tensors"
+
+
+def test_a_base_in_training_mode_is_put_into_eval_mode() -> None:
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+    base = Base().train()
+    ChainModel(base)
+    assert not base.training
+    assert not base.dropout.training
 
 
 def missing(state: dict[str, Tensor]) -> None:
@@ -199,9 +216,9 @@ def test_chain_linear_is_its_formula(tokens: tuple[int, ...], bias: bool) -> Non
     layer = ChainLinear(base, chains=3)
     torch.testing.assert_close(layer.weight, base.weight.expand(3, -1, -1))
     with torch.no_grad():
-        layer.weight += filled((3, 4, 6), 0)
+        layer.weight.add_(filled((3, 4, 6), 0))
         if layer.bias is not None:
-            layer.bias += filled((3, 4), 1)
+            layer.bias.add_(filled((3, 4), 1))
     assert (layer.bias is not None) == bias
     x = filled((3 * 2, *tokens, 6), 2)
     out = layer(x)

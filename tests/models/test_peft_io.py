@@ -38,16 +38,8 @@ TEXTS = [
     "Dreadful, although the rooms at the hotel were not remotely unpleasant.",
     "The plot seemed decent.",
 ]
-HEADS = {
-    "bert": ["classifier"],
-    "roberta": ["classifier"],
-    "distilbert": ["pre_classifier", "classifier"],
-}
-TARGETS = {
-    "bert": ["query", "value"],
-    "roberta": ["query", "value"],
-    "distilbert": ["q_lin", "v_lin"],
-}
+HEADS = {"distilbert": ["pre_classifier", "classifier"]}
+TARGETS = {"distilbert": ["q_lin", "v_lin"]}
 
 
 def encode(path: Path) -> dict[str, Tensor]:
@@ -56,10 +48,8 @@ def encode(path: Path) -> dict[str, Tensor]:
 
 
 def peft_inputs(path: Path, family: str) -> dict[str, Tensor]:
-    inputs = encode(path)
-    if family == "distilbert":  # which has no token types
-        inputs.pop("token_type_ids")
-    return inputs
+    wanted = ("input_ids", "attention_mask", *(["token_type_ids"] if family == "bert" else []))
+    return {name: tensor for name, tensor in encode(path).items() if name in wanted}
 
 
 def randomise(model: HuggingFaceLora, seed: int = 1) -> None:
@@ -169,8 +159,8 @@ def test_an_adapter_trained_by_peft_gives_its_logits_here(
         r=4,
         lora_alpha=12,
         use_rslora=rslora,
-        target_modules=TARGETS[family],
-        modules_to_save=HEADS[family],
+        target_modules=TARGETS.get(family, ["query", "value"]),
+        modules_to_save=list(HEADS.get(family, ["classifier"])),  # PEFT lengthens it
     )
     theirs = get_peft_model(sequence_classifier(path, 3), config)
     inputs = peft_inputs(path, family)
@@ -227,16 +217,17 @@ def test_writing_and_reading_back_is_exact(tiny_models: dict[str, Path], tmp_pat
     assert all(torch.equal(back[name], member[name]) for name in member)
 
 
-def test_one_member_is_written_alike_every_time(tiny_models: dict[str, Path]) -> None:
-    spec = build_huggingface_lora_model(str(tiny_models["bert"]), 2).info.spec
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_config_says_what_is_stored(tiny_models: dict[str, Path], family: str) -> None:
+    spec = build_huggingface_lora_model(str(tiny_models[family]), 2).info.spec
     text = adapter_config(spec)
-    assert text == adapter_config(spec)
+    assert text == adapter_config(spec), "written alike every time"
     config = json.loads(text)
-    assert config["peft_type"] == "LORA"
-    assert config["task_type"] == "SEQ_CLS"
-    assert config["r"] == 8
-    assert config["lora_alpha"] == 16
-    assert config["modules_to_save"] == ["classifier"]
+    assert (config["peft_type"], config["task_type"]) == ("LORA", "SEQ_CLS")
+    assert (config["r"], config["lora_alpha"], config["bias"]) == (8, 16, "none")
+    assert config["modules_to_save"] == HEADS.get(family, ["classifier"])
+    assert sorted(config["target_modules"]) == TARGETS.get(family, ["query", "value"])
+    assert config["base_model_name_or_path"] == str(tiny_models[family])
 
 
 def test_missing_member_files_are_named(tmp_path: Path) -> None:

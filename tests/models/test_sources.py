@@ -3,9 +3,7 @@
 import hashlib
 import importlib.util
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +17,7 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.models import sources
 from bayesian_lora.models.hf_lora import build_huggingface_lora_model
 from bayesian_lora.models.sources import ModelSource, file_sha256, load_pretrained, resolve_model
+from bayesian_lora.utils.hub import PROXIES
 
 
 class Loader:
@@ -162,45 +161,26 @@ def test_code_from_the_hub_is_never_run(tmp_path: Path) -> None:
     assert loader.calls == [(str(tmp_path), {"trust_remote_code": False, "num_labels": 3})]
 
 
-class Answer(BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.send_response(404)
-        self.end_headers()
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+def use_hub(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """The hub is at a port of this machine, and nobody chose to be offline."""
+    for name in ("HF_HUB_OFFLINE", *PROXIES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
 
 
-@pytest.fixture
-def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A hub that answers, if only 404, on this machine."""
-    server = HTTPServer(("127.0.0.1", 0), Answer)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def use_hub(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-
-
-def test_a_hub_that_answers_is_asked(online: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_hub(monkeypatch, online)
+def test_a_hub_that_answers_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     loader = Loader()
-    load_pretrained(loader, ModelSource("org/model", "org/model", "org/model"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        use_hub(monkeypatch, server.getsockname()[1])
+        load_pretrained(loader, ModelSource("org/model", "org/model", "org/model"))
     assert loader.calls == [("org/model", {"trust_remote_code": False})]
 
 
 def test_a_hub_that_does_not_answer_is_not_asked(
-    online: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its client would retry for most of a minute."""
-    use_hub(monkeypatch, "http://127.0.0.1:1")
+    use_hub(monkeypatch, 1)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     loader = Loader()
     with pytest.raises(InputError, match="hub is not reachable and its cache on disk lacks"):

@@ -2,18 +2,16 @@
 
 import os
 import platform
-import socket
 import time
 from pathlib import Path
-from urllib.parse import urlparse
 
 from bayesian_lora.data.glue_datasets import TASKS, load_split
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.sources import resolve_model
 from bayesian_lora.run_folder import versions
+from bayesian_lora.utils.hub import connection_error, offline_by_choice
 
 DATA_VARIABLE = "BAYESIAN_LORA_DATA"
-HUB_TIMEOUT_S = 3.0
 
 
 def report() -> list[str]:
@@ -61,14 +59,10 @@ def _bfloat16() -> str:
 
 
 def _hub() -> str:
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in {"1", "true", "yes", "on"}:
+    if offline_by_choice():
         return "not used (HF_HUB_OFFLINE is set)"
-    from huggingface_hub.constants import ENDPOINT
-
-    host = urlparse(ENDPOINT).hostname or ENDPOINT
-    try:
-        socket.create_connection((host, 443), timeout=HUB_TIMEOUT_S).close()
-    except OSError as error:
+    error = connection_error()
+    if error is not None:
         return f"not reachable ({error}); model.name=minilm and local data need no hub"
     return "reachable"
 

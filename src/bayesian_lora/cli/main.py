@@ -93,6 +93,8 @@ def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str |
 
     path = Path(run)
     if path.is_dir():
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path}: no run there, it has no config.yaml; name a run's folder")
         config = load_config(path / "config.yaml", overrides)
         return path, _given(overrides, "data.dir", config.data.dir), _device(overrides, config)
     config = load_config(path, overrides)
@@ -121,9 +123,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Interrupted; what was collected so far is kept.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as error:
+        if error.code == 130:  # what typer makes of an interrupt
+            print("Interrupted; what was collected so far is kept.", file=sys.stderr)
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"Error: {where}{error.strerror or error}", file=sys.stderr)

@@ -17,7 +17,7 @@ from bayesian_lora.data.tasks import TaskSpec
 from bayesian_lora.errors import InputError
 
 PROBE_SIZE = 8
-SUBSET_SIZE = 128
+SUBSET_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ def load_train(
     """
     train = load_split(task, "train", data_dir=data_dir, notify=notify)
     if train_examples is not None:
-        train = stratified_subset(train, train_examples, seed)
+        try:
+            train = stratified_subset(train, train_examples, seed)
+        except InputError as error:
+            raise InputError(f"data.train_examples={train_examples}: {error}") from error
     return split_off(train, validation_share, seed) if validation_share > 0 else (train, None)
 
 

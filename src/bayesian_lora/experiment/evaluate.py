@@ -17,13 +17,14 @@ from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.setup import (
     Setup,
+    ask_hub_once,
     data_folder,
     load_training_data,
     resolve_device,
     task_of,
 )
 from bayesian_lora.models.hf_lora import HuggingFaceLora
-from bayesian_lora.models.sources import load_pretrained
+from bayesian_lora.models.sources import load_pretrained, resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder, read_starts, read_traces
@@ -84,7 +85,7 @@ def evaluate_run(
         "n": len(predictions),
         **_compare(task.metrics, regression, predictions, map_predictions, held),
         "uncertainty": evaluation.uncertainty(regression, predictions),
-        "truth": evaluation.against_truth(predictions),
+        **evaluation.against_truth(predictions),
         "diagnostics": run_diagnostics(root),
         "parameters": evaluation.parameter_statistics(norms),
         "cost": _cost(root, time.monotonic() - began),
@@ -120,9 +121,10 @@ def _inputs(
     task = task_of(config)
     if setup is not None and split == task.default_split:
         return setup.evaluation, setup.validation, setup.model
+    folder = data_folder(config)
+    ask_hub_once(task, resolve_model(config.model.name), folder)
     from transformers import AutoTokenizer
 
-    folder = data_folder(config)
     examples = load_split(task, split, data_dir=folder, notify=progress.say)
     held_out = load_training_data(config, task, folder)[1]
     model = load_model(full.provenance, resolve_device(config.device))
@@ -159,7 +161,7 @@ def run_diagnostics(root: Path) -> Figures:
     t_eff = run.get("t_eff")
     figures["t_eff"] = t_eff
     if t_eff is None:
-        figures["t_eff_reason"] = "no sampling step has been made"
+        figures["t_eff_reason"] = "no sampling step has been made, or it overflowed"
     return figures
 
 

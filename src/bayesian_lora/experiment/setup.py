@@ -23,13 +23,14 @@ from bayesian_lora.data.preparation import (
 from bayesian_lora.data.tasks import TaskSpec, custom_task
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
-from bayesian_lora.models.sources import load_pretrained, resolve_model
+from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.posterior import PriorGroup, delta_w_prior_std
 from bayesian_lora.progress import Progress
 from bayesian_lora.samplers.base import Sampler
 from bayesian_lora.samplers.sgld import SGLD
 from bayesian_lora.sampling import Streams
+from bayesian_lora.utils.hub import offline_if_unreachable
 from bayesian_lora.utils.rng import chain_generators
 
 DATA_VARIABLE = "BAYESIAN_LORA_DATA"
@@ -109,6 +110,13 @@ def load_training_data(
     )
 
 
+def ask_hub_once(task: TaskSpec, source: ModelSource, folder: Path | None) -> None:
+    """Where data or model would come from the hub, find out now whether it answers."""
+    local_data = task.hub_path is None or (folder is not None and task.local is not None)
+    if not (local_data and Path(source.path).is_dir()):
+        offline_if_unreachable()
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` is CUDA, then MPS, then the CPU.
 
@@ -147,10 +155,11 @@ def prepare(config: Config, progress: Progress) -> Setup:
     Raises:
         InputError: anything wrong with the config, the data, the model or their fit.
     """
-    from transformers import AutoTokenizer
-
     task, device, data_dir = task_of(config), resolve_device(config.device), data_folder(config)
     source = resolve_model(config.model.name)
+    ask_hub_once(task, source, data_dir)
+    from transformers import AutoTokenizer
+
     progress.say(f"Using device: {device}")
     train, validation = load_training_data(config, task, data_dir)
     evaluation = load_split(task, task.default_split, data_dir=data_dir, notify=progress.say)
@@ -187,6 +196,7 @@ def prepare(config: Config, progress: Progress) -> Setup:
     streams = Streams(
         order=chain_generators(config.seed, numbers, "order"),
         dropout=chain_generators(config.seed, numbers, "dropout", device),
+        batches=chain_generators(config.seed, numbers, "batches"),
         noise=chain_generators(config.seed, numbers, "noise", device),
         heat=chain_generators(config.seed, numbers, "heat"),
     )

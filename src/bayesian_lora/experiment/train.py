@@ -4,6 +4,7 @@ Shapes: M chains.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from bayesian_lora.ensemble import Provenance, write_manifest
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.experiment.setup import Setup, make_sampler, prepare, run_facts
+from bayesian_lora.experiment.step_log import StepLogger
 from bayesian_lora.member_files import MemberRecord, MemberWriter
 from bayesian_lora.models.peft_io import adapter_config
 from bayesian_lora.objective import NonFiniteLoss
@@ -28,12 +30,10 @@ from bayesian_lora.samplers.schedules import BurnIn, Thinning
 from bayesian_lora.sampling import Chains, RunState, spread_start
 from bayesian_lora.traces import Traces
 from bayesian_lora.utils.lora_params import split
-from bayesian_lora.warm_start import EpochReport, StepReport, WarmStart
+from bayesian_lora.warm_start import EpochReport, WarmStart
 
-LOG_LINES_PER_PHASE = 100
 TRACE_ROWS = 100
 MANIFEST_EVERY_MEMBER_UP_TO = 200
-PHASE_NAMES = {"map": "Warm start", "burn_in": "Burn-in", "sampling": "Sampling"}
 
 
 def train(config: Config, progress: Progress | None = None) -> Path:
@@ -51,8 +51,10 @@ def train(config: Config, progress: Progress | None = None) -> Path:
     folder.begin(dump_config(config), run_facts(setup))
     run = Run(setup, folder, progress)
     with _recorded(folder, run):
-        run.warm_start()
-        run.sample()
+        with run.timed("train_s"):
+            run.warm_start()
+        with run.timed("sample_s"):
+            run.sample()
         folder.finish("sampled", **run.facts())
     evaluate_run(folder.root, progress=progress, setup=setup)
     folder.finish("finished", **run.facts())
@@ -66,16 +68,18 @@ def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
         yield
     except NonFiniteLoss as error:
         run.save()
-        folder.finish("stopped", reason=f"{error} in {run.place()}", **run.facts())
+        folder.finish("stopped", reason=f"{error} in {run.logger.place()}", **run.facts())
         raise InputError(
-            f"{error} in {run.place()}: stopped, {len(run.writer.records)} samples kept in "
+            f"{error} in {run.logger.place()}: stopped, {len(run.writer.records)} samples kept in "
             f"{folder.root}; lower sampler.step_size or train.lr"
         ) from error
     except BaseException as error:
         run.save()
-        reason = f"{type(error).__name__} in {run.place()}"
+        reason = f"{type(error).__name__} in {run.logger.place()}"
         folder.finish("stopped", reason=reason, **run.facts())
         raise
+    finally:
+        run.progress.end()
 
 
 class Run:
@@ -93,9 +97,18 @@ class Run:
         self._traces_written = 0
         self._trace_parts = 0
 
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """The block's wall time into `seconds`, however it ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - began
+
     def warm_start(self) -> None:
         """Fit all chains, store them under ``map/``, spread them if they share one start."""
-        config, setup, began = self.config, self.setup, time.monotonic()
+        config, setup = self.config, self.setup
         shared = config.train.starts == "shared"
         self._say_initial()
         first = slice(0, 1) if shared else slice(None)
@@ -117,7 +130,7 @@ class Run:
             f"Training with AdamW for {config.train.epochs} epochs "
             f"(warm start of {config.sampler.name}, {fits})..."
         )
-        self.progress.start(PHASE_NAMES["map"], warm.total)
+        self.logger.begin("map", warm.total)
         warm.run(self.logger.step, self._say_epoch)
         self.progress.end()
         self.state.warm = None
@@ -128,24 +141,22 @@ class Run:
         if shared:
             noise = setup.streams.noise
             spread_start(setup.model, setup.objective, config.train.jitter, noise)
-        self.seconds["train_s"] = time.monotonic() - began
 
     def sample(self) -> None:
         """Burn-in and collection."""
-        config, began = self.config, time.monotonic()
+        config = self.config
         chains = self.state.chains = self._chains()
         self.folder.write_starts(chains.traces.measure())
         self.progress.say(f"\nSampling with {config.sampler.name}...")
         self.progress.say(f"Burn-in phase: {chains.burn_in.steps} steps")
-        self.progress.start(PHASE_NAMES["burn_in"], chains.burn_in.steps)
+        self.logger.begin("burn_in", chains.burn_in.steps)
         chains.run_burn_in(self.logger.step)
         self.progress.say(
             f"Collecting {config.sampler.num_samples} samples (thinning: {config.sampler.thin})"
         )
-        self.progress.start(PHASE_NAMES["sampling"], chains.thinning.steps)
+        self.logger.begin("sampling", chains.thinning.steps)
         chains.collect(self.logger.step, self._keep_draw)
         self.progress.end()
-        self.seconds["sample_s"] = time.monotonic() - began
         self.save()
 
     def _chains(self) -> Chains:
@@ -159,7 +170,7 @@ class Run:
         return Chains(
             setup.objective,
             make_sampler(config, setup.groups, n, setup.streams),
-            BatchOrder(n, batch, setup.streams.order),
+            BatchOrder(n, batch, setup.streams.batches),
             BurnIn(s.burn_in, s.burn_in_step_size or s.step_size, s.step_size),
             thinning,
             Traces(setup.objective, setup.groups, probe, subset, config.seed),
@@ -169,6 +180,10 @@ class Run:
 
     def _keep_draw(self, draw: int) -> None:
         assert self.state.chains is not None
+        # The step that led here may have diverged; the closure would notice at the next one.
+        loss = self.setup.objective.mean_nll(self.state.chains.traces.probe)
+        if not np.isfinite(loss.numpy()).all():
+            raise NonFiniteLoss(loss)
         paths = self._store(self.writer, draw, self.state.chains.step)
         total = self.config.sampler.num_samples
         done = len(self.writer.records) - len(paths)
@@ -245,10 +260,6 @@ class Run:
             "members": len(self.writer.records),
         }
 
-    def place(self) -> str:
-        """Phase and step, for messages."""
-        return f"{PHASE_NAMES[self.logger.phase].lower()} after step {self.logger.last}"
-
     def _say_initial(self) -> None:
         held_out = self.setup.validation or self.setup.evaluation
         loss, accuracy = self.setup.objective.score(held_out)
@@ -266,54 +277,10 @@ class Run:
         self.progress.say(line)
 
 
-class StepLogger:
-    """Steps → `log.jsonl` (about a hundred lines a phase) and the progress display."""
-
-    def __init__(self, folder: RunFolder, progress: Progress, temperature: float) -> None:
-        self.folder, self.progress, self.temperature = folder, progress, temperature
-        self.phase, self.last = "map", 0
-        self._examples, self._since = 0, time.monotonic()
-        self._rate = 0.0
-
-    def step(self, report: StepReport) -> None:
-        if report.phase != self.phase or report.step == 1:
-            self._examples, self._since = 0, time.monotonic()
-        self.phase, self.last = report.phase, report.step
-        self._examples += report.examples
-        every = max(1, report.total // LOG_LINES_PER_PHASE)
-        if report.step % every == 0 or report.t_eff is not None or report.step == report.total:
-            self._log(report)
-        self.progress.update(report.step, lambda: self._facts(report))
-
-    def _log(self, report: StepReport) -> None:
-        now = time.monotonic()
-        self._rate = self._examples / max(now - self._since, 1e-9)
-        self._examples, self._since = 0, now
-        line: dict[str, Any] = {
-            "phase": report.phase,
-            "step": report.step,
-            "loss": report.loss.tolist(),
-            "lr": report.lr,
-            "examples_per_s": round(self._rate, 1),
-        }
-        if report.accuracy is not None:
-            line["accuracy"] = report.accuracy.tolist()
-        if report.t_eff is not None:
-            line["t_eff"] = report.t_eff.tolist()
-        self.folder.log(line)
-
-    def _facts(self, report: StepReport) -> str:
-        parts = [f"loss {float(report.loss.mean()):.4f}"]
-        if report.accuracy is not None:
-            parts.append(f"acc {float(report.accuracy.mean()):.3f}")
-        if report.phase != "map":
-            parts.append(f"T {self.temperature:g}")
-        return " | ".join([*parts, f"{self._rate:.0f} examples/s"])
-
-
 def mean_t_eff(chains: Chains) -> float | None:
-    """T_eff over chains and probes; None before the first probe."""
-    return float(np.mean([t.numpy() for t in chains.t_eff])) if chains.t_eff else None
+    """T_eff over chains and probes; None before the first probe, or where it overflowed."""
+    value = float(np.mean([t.numpy() for t in chains.t_eff])) if chains.t_eff else math.nan
+    return value if math.isfinite(value) else None
 
 
 def _tempering(temperature: float) -> str:

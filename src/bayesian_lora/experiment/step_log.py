@@ -1,0 +1,68 @@
+"""Steps of any phase → `log.jsonl` and the progress display.
+
+Shapes: M chains.
+"""
+
+import math
+import time
+from typing import Any
+
+from bayesian_lora.progress import Progress
+from bayesian_lora.run_folder import RunFolder
+from bayesian_lora.warm_start import StepReport
+
+LOG_LINES_PER_PHASE = 100
+PHASE_NAMES = {"map": "Warm start", "burn_in": "Burn-in", "sampling": "Sampling"}
+
+
+class StepLogger:
+    """Steps → `log.jsonl` (about a hundred lines a phase) and the progress display."""
+
+    def __init__(self, folder: RunFolder, progress: Progress, temperature: float) -> None:
+        self.folder, self.progress, self.temperature = folder, progress, temperature
+        self.phase, self.last = "map", 0
+        self._examples, self._since = 0, time.monotonic()
+        self._rate = 0.0
+
+    def begin(self, phase: str, total: int) -> None:
+        """A phase of `total` steps starts now."""
+        self.phase, self.last = phase, 0
+        self._examples, self._since = 0, time.monotonic()
+        self.progress.start(PHASE_NAMES[phase], total)
+
+    def step(self, report: StepReport) -> None:
+        self.last = report.step
+        self._examples += report.examples
+        every = max(1, report.total // LOG_LINES_PER_PHASE)
+        if report.step % every == 0 or report.t_eff is not None or report.step == report.total:
+            self._log(report)
+        self.progress.update(report.step, lambda: self._facts(report))
+
+    def place(self) -> str:
+        """Phase and step, for messages."""
+        return f"{PHASE_NAMES[self.phase].lower()} after step {self.last}"
+
+    def _log(self, report: StepReport) -> None:
+        now = time.monotonic()
+        self._rate = self._examples / max(now - self._since, 1e-9)
+        self._examples, self._since = 0, now
+        line: dict[str, Any] = {
+            "phase": report.phase,
+            "step": report.step,
+            "loss": report.loss.tolist(),
+            "lr": report.lr,
+            "examples_per_s": round(self._rate, 1),
+        }
+        if report.accuracy is not None:
+            line["accuracy"] = report.accuracy.tolist()
+        if report.t_eff is not None:
+            line["t_eff"] = [t if math.isfinite(t) else None for t in report.t_eff.tolist()]
+        self.folder.log(line)
+
+    def _facts(self, report: StepReport) -> str:
+        parts = [f"loss {float(report.loss.mean()):.4f}"]
+        if report.accuracy is not None:
+            parts.append(f"acc {float(report.accuracy.mean()):.3f}")
+        if report.phase != "map":
+            parts.append(f"T {self.temperature:g}")
+        return " | ".join([*parts, f"{self._rate:.0f} examples/s"])

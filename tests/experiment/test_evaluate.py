@@ -1,0 +1,265 @@
+"""`eval` of a finished run: all, some or one member, splits by name, and what is wrong with files.
+
+Shapes: M chains, K members, N examples.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from bayesian_lora.cli.main import main
+from bayesian_lora.experiment.evaluate import evaluate_run
+from bayesian_lora.progress import Progress
+
+K = 6
+SMALL = """\
+data: {{name: synthetic, train_examples: 40, batch_size: 8, max_length: 48}}
+model: {{name: {model}, lora: {{rank: 2, alpha: 4.0}}}}
+prior: {{std: 0.3}}
+train: {{epochs: 1, lr: 5.0e-3}}
+sampler: {{step_size: 1.0e-3, burn_in: 2, thin: 2, num_samples: 6, chains: 2}}
+output: {{dir: {folder}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    config = root / "small.yaml"
+    config.write_text(SMALL.format(model=tiny_models["bert"], folder=root / "run"))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(config)])
+    assert ended.value.code == 0
+    return root / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+Evaluate = Callable[..., tuple[Any, str, str]]
+
+
+@pytest.fixture
+def evaluate(capsys: pytest.CaptureFixture[str]) -> Evaluate:
+    """The command's status, standard output and standard error."""
+
+    def call(*arguments: str | Path) -> tuple[Any, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["eval", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return ended.value.code, printed.out, printed.err
+
+    return call
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
+
+
+def figures(path: Path) -> dict[str, Any]:
+    """The contents of a metrics file but for the time the evaluation took."""
+    value = json.loads(path.read_text(), parse_constant=pytest.fail)
+    del value["cost"]["eval_s"]
+    return value
+
+
+def assert_same_figures(a: Any, b: Any) -> None:
+    """Equal up to the rounding of passes of other sizes."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same_figures(a[key], b[key])
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    else:
+        assert a == b
+
+
+def test_eval_repeats_what_train_found(run: Path, evaluate: Evaluate) -> None:
+    before = figures(run / "metrics.json")
+    (run / "metrics.json").unlink()
+    (run / "predictions" / "validation.npz").unlink()
+    code, out, err = evaluate(run)
+    assert (code, err) == (0, "")
+    assert_same_figures(figures(run / "metrics.json"), before)
+    assert (run / "predictions" / "validation.npz").is_file()
+    nll, accuracy = before["ensemble"]["nll"], before["ensemble"]["accuracy"]
+    assert f"LoRA Ensemble@6 — Acc: {accuracy:.1%} | NLL: {nll:.4f}" in out
+
+
+def test_eval_finds_the_run_that_a_config_made(finished: Path, evaluate: Evaluate) -> None:
+    by_config = evaluate(finished.parent / "small.yaml")
+    assert by_config == evaluate(finished)
+
+
+def test_eval_reads_the_folder_that_an_override_names(
+    run: Path, finished: Path, evaluate: Evaluate
+) -> None:
+    code, out, _ = evaluate(finished.parent / "small.yaml", f"output.dir={run}")
+    assert code == 0
+    assert f"Found 6 LoRA samples in {run}\n" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "k", "first"), [(["--k", "4"], 4, 0), (["--k", "1"], 1, 0), (["--single"], 1, K - 1)]
+)
+def test_a_part_of_the_members_is_looked_at_and_nothing_stored(
+    run: Path, evaluate: Evaluate, flags: list[str], k: int, first: int
+) -> None:
+    before = snapshot(run)
+    code, out, _ = evaluate(run, *flags)
+    assert code == 0
+    assert snapshot(run) == before
+    with np.load(run / "predictions" / "validation.npz") as stored:
+        p = softmax(stored["logits"][first : first + k].astype(np.float64), axis=-1).mean(0)
+        y = stored["labels"]
+    nll, accuracy = -np.log(p[np.arange(len(y)), y]).mean(), (p.argmax(1) == y).mean()
+    assert f"LoRA Ensemble@{k} — Acc: {accuracy:.1%} | NLL: {nll:.4f}" in out
+    assert f"Found 6 LoRA samples in {run}" in out
+    assert f"Evaluating ensemble of {k} LoRA samples" in out
+    assert f"  - Sample range: {first} - {first + k - 1}" in out
+
+
+def test_k_of_all_is_all(run: Path, evaluate: Evaluate) -> None:
+    (run / "metrics.json").unlink()
+    assert evaluate(run, "--k", str(K))[0] == 0
+    assert (run / "metrics.json").is_file()
+
+
+def test_another_split_has_files_of_its_own(run: Path, evaluate: Evaluate) -> None:
+    before = snapshot(run)
+    code, out, _ = evaluate(run, "--split", "shifted")
+    assert code == 0
+    assert "on shifted..." in out
+    after = snapshot(run)
+    assert set(after) - set(before) == {"metrics.shifted.json", "predictions/shifted.npz"}
+    assert {name: after[name] for name in before} == before
+    found = figures(run / "metrics.shifted.json")
+    assert (found["split"], found["n"]) == ("shifted", 600)
+    usual = figures(run / "metrics.json")
+    assert found["truth"]["bayes_nll"] != usual["truth"]["bayes_nll"]
+    assert found["ensemble"]["nll"] != usual["ensemble"]["nll"]
+    parameters = figures(run / "metrics.json")["parameters"]
+    assert found["parameters"] == pytest.approx(parameters)
+
+
+def test_one_member_alone_has_no_mutual_information(finished: Path) -> None:
+    found = evaluate_run(finished, members="latest", progress=Progress(quiet=True))
+    assert found["uncertainty"]["mutual_information"] is None
+    assert found["uncertainty"]["mutual_information_reason"]
+    assert found["single"]["nll"]["sd"] is None
+    assert found["sample_range"] == [K - 1, K - 1]
+
+
+def test_a_run_without_a_sampling_step_has_no_heat(run: Path) -> None:
+    status = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**status, "t_eff": None}))
+    shutil.rmtree(run / "traces")
+    found = evaluate_run(run, progress=Progress(quiet=True))["diagnostics"]
+    assert found["t_eff"] is None
+    assert found["t_eff_reason"]
+    assert found["verdict"] == "not available"
+    assert found["rhat_max"] is None
+    assert found["rhat_max_reason"]
+
+
+def refused(evaluate: Evaluate, run: Path, *arguments: str) -> str:
+    """One line, status 2, nothing changed."""
+    before = snapshot(run)
+    code, _, err = evaluate(*arguments)
+    assert code == 2
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1, err
+    assert snapshot(run) == before
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--k", "7"], ["--k 7", "6 samples", "1 to 6"]),
+        (["--k", "2", "--single"], ["--k 2", "--single"]),
+        (["--split", "test"], ["'test'", "train, validation, shifted"]),
+        (["sampler.thinn=2"], ["thinn"]),
+        (["device=tpu"], ["'tpu'", "auto, cpu"]),
+    ],
+)
+def test_wrong_arguments(
+    run: Path, evaluate: Evaluate, arguments: list[str], parts: list[str]
+) -> None:
+    message = refused(evaluate, run, str(run), *arguments)
+    for part in parts:
+        assert part in message
+
+
+def test_places_without_a_run(run: Path, evaluate: Evaluate, tmp_path: Path) -> None:
+    empty, config = tmp_path / "empty", run.parent / "small.yaml"
+    empty.mkdir()
+    assert "no run there" in refused(evaluate, run, str(empty))
+    assert "not found" in refused(evaluate, run, str(tmp_path / "nowhere"))
+    config.write_text(SMALL.format(model="minilm", folder=tmp_path / "later"))
+    message = refused(evaluate, run, str(config))
+    assert "no run there yet" in message
+    assert f"bayesian-lora train {config}" in message
+
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "parts"),
+    [
+        (f"samples/sample_0003/{WEIGHTS}", None, ["sample_0003", "missing"]),
+        (f"samples/sample_0003/{WEIGHTS}", "flip", ["sample_0003", "sha256"]),
+        (f"samples/sample_0003/{WEIGHTS}", "cut", ["sample_0003", "damaged"]),
+        (f"map/chain_1/{WEIGHTS}", "flip", ["chain_1", "sha256"]),
+        ("map/members.jsonl", None, ["map/members.jsonl", "not found"]),
+        ("map/members.jsonl", "cut", ["map/members.jsonl", "damaged"]),
+        ("ensemble.json", None, ["ensemble.json", "not found"]),
+        ("ensemble.json", "cut", ["ensemble.json", "JSON"]),
+        ("run.json", None, ["run.json", "not found"]),
+        ("run.json", "cut", ["run.json", "JSON"]),
+        ("config.yaml", None, ["no run there", "config.yaml"]),
+        ("traces/part_00001.npz", "cut", ["part_00001.npz", "damaged"]),
+    ],
+)
+def test_damaged_files_are_named(
+    run: Path, evaluate: Evaluate, name: str, change: str | None, parts: list[str]
+) -> None:
+    path = run / name
+    data = path.read_bytes()
+    if change is None:
+        path.unlink()
+    elif change == "cut":
+        path.write_bytes(data[: len(data) * 2 // 3])
+    else:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    message = refused(evaluate, run, str(run))
+    for part in parts:
+        assert part in message
+
+
+def test_another_base_model_is_refused(
+    run: Path, evaluate: Evaluate, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The folder the run names holds other weights now."""
+    other = Path(shutil.copytree(tiny_models["distilbert"], tmp_path / "model"))
+    manifest = json.loads((run / "ensemble.json").read_text())
+    manifest["model"]["name"] = str(other)
+    manifest["lora"]["target_modules"] = ["q_lin", "v_lin"]
+    (run / "ensemble.json").write_text(json.dumps(manifest))
+    message = refused(evaluate, run, str(run))
+    assert "fingerprint" in message
+    assert str(other) in message

@@ -1,0 +1,170 @@
+"""Predictions → figures: mixtures, means over members, temperature scaling, truth, null and why.
+
+Shapes: K members, N examples, C classes.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.special import logsumexp, softmax
+from scipy.stats import norm
+from sklearn.metrics import log_loss, matthews_corrcoef
+
+from bayesian_lora import evaluation
+from bayesian_lora.predict import Predictions
+
+K, N = 4, 50
+
+
+def predictions(classes: int = 2, scale: float = 2.0, seed: int = 0, **other: Any) -> Predictions:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(classes, size=N)
+    logits = rng.normal(size=(K, N, classes)) + scale * np.eye(classes)[labels]
+    weights = np.array([0.1, 0.2, 0.3, 0.4])
+    parts = {"logits": logits, "labels": labels, "weights": weights, "example_id": np.arange(N)}
+    return Predictions(**{**parts, **other})
+
+
+def scores(seed: int = 0) -> Predictions:
+    rng = np.random.default_rng(seed)
+    labels = rng.uniform(0, 5, N).astype(np.float32)
+    logits = labels[None, :, None] + rng.normal(size=(K, N, 1))
+    weights, noise = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.5, 1.0, 1.5, 2.0])
+    return Predictions(logits, labels, weights, np.arange(N), noise)
+
+
+def test_the_mixture_of_probabilities_is_evaluated() -> None:
+    p = predictions(classes=3)
+    mixture = np.einsum("k,knc->nc", p.weights, softmax(p.logits, axis=-1))
+    found = evaluation.evaluate(("accuracy",), False, p)
+    assert found["nll"] == pytest.approx(log_loss(p.labels, mixture))
+    assert found["accuracy"] == (mixture.argmax(1) == p.labels).mean()
+    of_logits = softmax(np.einsum("k,knc->nc", p.weights, p.logits), axis=-1)
+    assert abs(found["nll"] - log_loss(p.labels, of_logits)) > 1e-3
+
+
+def test_the_mixture_of_gaussians_is_evaluated() -> None:
+    p = scores()
+    assert p.noise_std is not None
+    density = norm.logpdf(p.labels, p.logits[..., 0], p.noise_std[:, None])
+    expected = -np.mean(logsumexp(density, axis=0, b=p.weights[:, None]))
+    found = evaluation.evaluate(("pearson", "spearman"), True, p)
+    assert found["nll"] == pytest.approx(expected)
+    mean = p.weights @ p.logits[..., 0]
+    assert found["pearson"] == pytest.approx(np.corrcoef(mean, p.labels)[0, 1])
+    assert found["accuracy"] is None
+    assert found["accuracy_reason"]
+
+
+def test_members_alone_have_weight_one_and_their_own_noise() -> None:
+    for regression, p in ((False, predictions()), (True, scores())):
+        rows = evaluation.evaluate_members((), regression, p)
+        assert len(rows) == K
+        alone = evaluation.member(p, 2)
+        assert (alone.num_members, alone.weights.tolist()) == (1, [1.0])
+        assert rows[2] == evaluation.evaluate((), regression, alone)
+        if regression:
+            assert alone.noise_std is not None
+            assert alone.noise_std.tolist() == [1.5]
+            expected = -norm.logpdf(p.labels, p.logits[2, :, 0], 1.5).mean()
+            assert rows[2]["nll"] == pytest.approx(expected)
+
+
+def test_mean_and_deviation_over_members() -> None:
+    rows = [{"nll": 1.0}, {"nll": 2.0}, {"nll": 6.0}]
+    found = evaluation.mean_and_sd(rows)["nll"]
+    assert found == {"mean": pytest.approx(3.0), "sd": pytest.approx(math.sqrt(7.0))}
+    single = evaluation.mean_and_sd(rows[:1])["nll"]
+    assert (single["mean"], single["sd"]) == (1.0, None)
+    assert single["sd_reason"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_figure_that_one_member_lacks_has_no_mean(place: int) -> None:
+    rows: list[dict[str, Any]] = [{"mcc": 0.5}, {"mcc": 0.7}]
+    rows[place] = {"mcc": None, "mcc_reason": "the predictions are constant"}
+    found = evaluation.mean_and_sd(rows)
+    assert found.keys() == {"mcc"}
+    assert (found["mcc"]["mean"], found["mcc"]["sd"]) == (None, None)
+    assert found["mcc"]["reason"] == "missing in 1 of 2: the predictions are constant"
+
+
+def test_each_warm_start_gets_its_own_temperature() -> None:
+    """Logits twice too large for their labels need T = 2, whatever the evaluation split holds."""
+    rng = np.random.default_rng(1)
+    true = rng.normal(scale=2.0, size=(20_000, 2))
+    labels = (rng.random(len(true)) < softmax(true, axis=-1)[:, 1]).astype(np.int64)
+    logits = np.stack([2.0 * true, 0.5 * true])
+    ids = np.arange(len(true))
+    held = Predictions(logits, labels, np.full(2, 0.5), ids)
+    p = predictions(seed=3)
+    two = Predictions(p.logits[:2], p.labels, np.full(2, 0.5), p.example_id)
+    found = evaluation.temperature_scaled(("accuracy",), False, two, held)
+    assert found["temperature"] == pytest.approx((2.0 + 0.5) / 2, rel=0.05)
+    nll = [log_loss(p.labels, softmax(two.logits[k] / t, axis=-1)) for k, t in ((0, 2), (1, 0.5))]
+    assert found["nll"] == pytest.approx(np.mean(nll), rel=0.02)
+
+
+@pytest.mark.parametrize("constant", [0, 1])
+def test_a_warm_start_that_always_says_the_same_has_no_mcc(constant: int) -> None:
+    p = predictions()
+    p.logits[constant] = [3.0, 0.0]
+    found = evaluation.temperature_scaled(("mcc",), False, p, predictions(seed=1))
+    assert found["mcc"] is None
+    assert "constant" in found["mcc_reason"]
+    assert found["nll"] > 0
+    ensemble = evaluation.evaluate(("mcc",), False, p)
+    mixture = np.einsum("k,knc->nc", p.weights, softmax(p.logits, axis=-1))
+    assert ensemble["mcc"] == pytest.approx(matthews_corrcoef(p.labels, mixture.argmax(1)))
+
+
+@pytest.mark.parametrize(("regression", "part"), [(True, "Gaussian"), (False, "validation_share")])
+def test_without_held_out_classes_there_is_no_temperature(regression: bool, part: str) -> None:
+    found = evaluation.temperature_scaled((), regression, predictions(), None)
+    assert set(found) == {"accuracy", "nll", "ece", "brier", "temperature", "reason"}
+    assert part in found.pop("reason")
+    assert set(found.values()) == {None}
+
+
+def test_uncertainty_splits_into_expected_entropy_and_disagreement() -> None:
+    found = evaluation.uncertainty(False, predictions())
+    assert found["mutual_information"] > 0
+    parts = found["expected_entropy"] + found["mutual_information"]
+    assert found["predictive_entropy"] == pytest.approx(parts)
+    assert found["predictive_entropy"] < math.log(2)
+    for_scores = evaluation.uncertainty(True, scores())
+    assert for_scores.pop("reason")
+    assert set(for_scores.values()) == {None}
+
+
+def test_truth_is_beaten_by_nothing() -> None:
+    rng = np.random.default_rng(2)
+    law = rng.dirichlet([1.0, 1.0], size=N)
+    labels = (rng.random(N) < law[:, 1]).astype(np.int64)
+    other = {"labels": labels, "true_probs": law, "weights": np.full(K, 1 / K)}
+    perfect = predictions(logits=np.log(law)[None].repeat(K, axis=0), **other)
+    found = evaluation.against_truth(perfect)["truth"]
+    assert found["excess"] == pytest.approx(0.0, abs=1e-12)
+    assert found["bayes_nll"] == pytest.approx(log_loss(labels, law))
+    assert found["bayes_nll"] == pytest.approx(evaluation.evaluate((), False, perfect)["nll"])
+    assert found["bayes_accuracy"] == (law.argmax(1) == labels).mean()
+    blurred = predictions(logits=0.5 * perfect.logits, **other)
+    worse = evaluation.against_truth(blurred)["truth"]
+    q = softmax(0.5 * np.log(law), axis=-1)
+    assert worse["excess"] == pytest.approx((law * np.log(law / q)).sum(1).mean())
+    assert worse["expected_nll"] == pytest.approx(-(law * np.log(q)).sum(1).mean())
+    assert worse["bayes_nll"] == found["bayes_nll"]
+
+
+def test_without_a_known_law_there_is_no_truth() -> None:
+    assert evaluation.against_truth(predictions()) == {}
+
+
+def test_norms_are_summed_up_as_the_seed_does() -> None:
+    found = evaluation.parameter_statistics(np.array([1.0, 3.0]))
+    assert found == {"num_samples": 2, "norm_mean": 2.0, "norm_std": 1.0, "norm_cv": 0.5}
+    zero = evaluation.parameter_statistics(np.zeros(3))
+    assert zero["norm_cv"] is None
+    assert zero["norm_cv_reason"]

