@@ -22,7 +22,7 @@ from bayesian_lora.models.hf_lora import build_huggingface_lora_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.samplers import SGLD
 from bayesian_lora.samplers.schedules import BurnIn, Thinning
-from bayesian_lora.sampling import Chains, Streams, effective_temperature
+from bayesian_lora.sampling import Chains, Streams, effective_temperature, hottest_direction
 from bayesian_lora.traces import Traces
 from bayesian_lora.utils.rng import chain_generators
 from bayesian_lora.warm_start import StepReport
@@ -247,6 +247,15 @@ def test_effective_temperature_is_the_one_the_chain_has():
     assert t_eff > 3 * t
     expected = t_eff / (n * k) / (1 - h * k / 2)
     assert theta.detach().var().item() == pytest.approx(expected, rel=0.04)
+
+
+def test_hottest_direction_holds_all_the_noise():
+    """d coordinates, one of which has all the gradient variance v."""
+    t, n, h, v, d = 0.5, 300, 0.02, 0.3, 40
+    one = effective_temperature(t, n, h, torch.tensor([v])).item()
+    mean = effective_temperature(t, n, h, torch.tensor([v / d])).item()
+    assert hottest_direction(t, mean, d) == pytest.approx(one)
+    assert one == pytest.approx(t + n * h * v / 2)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

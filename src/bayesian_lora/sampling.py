@@ -160,6 +160,16 @@ def effective_temperature(
     return temperature + 0.5 * num_examples * step_size * gradient_variance
 
 
+def hottest_direction(temperature: float, t_eff: float, num_parameters: int) -> float:
+    """The most T_eff can be along any direction: all minibatch noise in that one, T + N h tr(C)/2.
+
+    With `t_eff` the mean over d coordinates (`effective_temperature`) that is T + d (t_eff − T).
+    The mean is small where most coordinates have no gradient; the chain may still be hot where
+    the loss is stiff.
+    """
+    return temperature + num_parameters * (t_eff - temperature)
+
+
 class RunState:
     """All that the next step depends on, in one object that can be saved and restored.
 

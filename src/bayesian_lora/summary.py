@@ -60,10 +60,10 @@ def closing_lines(m: Figures) -> list[str]:
             f"information {_number(uncertainty['mutual_information'])} nats"
         )
     d = m["diagnostics"]
-    t_eff = _number(d["t_eff"])
     lines += [
-        f"Effective temperature T_eff ≈ {t_eff} (mean over coordinates; nominal "
-        f"{m['temperature']:g})",
+        f"Effective temperature: nominal {m['temperature']:g}; with minibatch noise "
+        f"{_number(d['t_eff'])} as a mean over coordinates, at most {_number(d['t_eff_upper'])} "
+        "along a direction",
         f"Chains: {d['verdict']}: {d['reason']}" if d.get("reason") else f"Chains: {d['verdict']}",
     ]
     return lines

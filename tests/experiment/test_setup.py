@@ -180,6 +180,20 @@ def test_prepare_gives_what_the_config_asks_for(tiny_models: dict[str, Path]) ->
     assert len(set(states)) == len(states) >= 4 * 4, "two streams share their draws"
 
 
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("prior.std=0.2", "Prior: N(0, 0.2²) on every parameter; "),
+        ("prior.head_std=0.5", "Prior: N(0, 0.1²) on the factors, N(0, 0.5²) on the head; "),
+    ],
+)
+def test_the_prior_that_acts_is_printed(
+    tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str], key: str, line: str
+) -> None:
+    prepare(small(tiny_models["bert"], key), Progress())
+    assert line in capsys.readouterr().out
+
+
 def test_shared_starts_fit_one_chain(tiny_models: dict[str, Path]) -> None:
     setup = prepare(small(tiny_models["bert"], "train.starts=shared"), Progress(quiet=True))
     assert setup.model.num_chains == 1

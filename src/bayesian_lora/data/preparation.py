@@ -17,7 +17,7 @@ from bayesian_lora.data.tasks import TaskSpec
 from bayesian_lora.errors import InputError
 
 PROBE_SIZE = 8
-SUBSET_SIZE = 64
+SUBSET_SIZE = 32
 
 
 @dataclass(frozen=True)

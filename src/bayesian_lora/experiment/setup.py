@@ -251,10 +251,12 @@ def _model_lines(setup: Setup) -> list[str]:
     config, info = setup.config, setup.model.info
     prior = config.prior
     spread = delta_w_prior_std(info.spec.rank, info.spec.scaling, prior.std, prior.std)
+    head = prior.head_std or prior.std
+    where = "every parameter" if head == prior.std else f"the factors, N(0, {head:g}²) on the head"
     batch = config.data.batch_size
     return [
         *info.lines(),
-        f"Prior: N(0, {prior.std:g}²) on every parameter; an entry of ΔW has prior sd {spread:.4g}",
+        f"Prior: N(0, {prior.std:g}²) on {where}; an entry of ΔW has prior sd {spread:.4g}",
         "",
         f"Train batches: {-(-len(setup.train) // batch)}",
         f"Validation batches: {-(-len(setup.evaluation) // batch)}",
