@@ -140,7 +140,7 @@ def test_a_tempered_posterior_is_called_so(
     key = f"sampler.temperature={temperature}"
     printed = run_aloud(config_of(tiny_models["bert"], tmp_path / "run", key))
     assert f"Temperature {temperature}: a {label} posterior" in printed
-    assert f"nominal {temperature})" in printed
+    assert f"Effective temperature: nominal {temperature};" in printed
     sampler = read(tmp_path / "run" / "ensemble.json")["sampler"]
     assert (sampler["tempering"], sampler["temperature"]) == (label, float(temperature))
 
