@@ -35,13 +35,7 @@ MANIFEST = "ensemble.json"
 FORMAT = 1
 _NUMBER = (int, float)
 _KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "model": {
-        "name": str,
-        "fingerprint": str,
-        "num_labels": int,
-        "max_length": int,
-        "dtype": str,
-    },
+    "model": {"name": str, "fingerprint": str, "dtype": str, "num_labels": int, "max_length": int},
     "task": {"name": str, "likelihood": str},
     "lora": {
         "rank": int,
@@ -202,7 +196,8 @@ class Ensemble:
         if self._model is None:
             from transformers import AutoTokenizer
 
-            self._model = load_model(self.provenance)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._model = load_model(self.provenance, device)
             self._tokenizer = load_pretrained(AutoTokenizer, self._model.info.source)
         return self._model, self._tokenizer
 

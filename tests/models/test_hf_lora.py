@@ -295,3 +295,8 @@ def test_a_checkpoint_of_other_shapes_than_its_config_is_refused(
     path = damaged_copy(tiny_models["bert"], tmp_path / "narrow", intermediate_size=48)
     with pytest.raises(InputError, match=r"bert\.encoder.*not the shape that config\.json says"):
         build_huggingface_lora_model(path, 2)
+
+
+def test_an_unknown_precision_is_refused(tiny_models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"dtype='float16': choose one of float32, float64"):
+        build_huggingface_lora_model(str(tiny_models["bert"]), dtype="float16")  # type: ignore[arg-type]

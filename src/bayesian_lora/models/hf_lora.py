@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -119,6 +119,9 @@ def build_huggingface_lora_model(
         raise InputError(
             f"rank={rank}, chains={chains}, num_labels={num_labels}: each must be at least 1"
         )
+    if dtype not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise InputError(f"dtype={dtype!r}: choose one of {known}")
     source = model_name if isinstance(model_name, ModelSource) else resolve_model(model_name)
     network, missing = _load_base(source, num_labels)
     network.to(device=device, dtype=torch.float64 if dtype == "float64" else torch.float32)
