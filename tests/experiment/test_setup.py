@@ -13,6 +13,7 @@ from bayesian_lora.cli.main import main
 from bayesian_lora.config import Config, build_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.setup import (
+    _prior_warning,
     data_folder,
     make_sampler,
     prepare,
@@ -266,3 +267,11 @@ def test_devices_that_are_there(name: str) -> None:
 def test_devices_that_are_not(name: str) -> None:
     with pytest.raises(InputError, match="device="):
         resolve_device(name)
+
+
+def test_a_prior_that_outweighs_the_likelihood_is_named() -> None:
+    assert _prior_warning(0.1, 3301) == []
+    (line,) = _prior_warning(0.1, 1080)
+    assert "penalty of 0.093" in line
+    assert "N = 1080" in line
+    assert "raise prior.std" in line
