@@ -115,13 +115,7 @@ def build_huggingface_lora_model(
         InputError: a model that cannot be loaded, targets that match nothing, a head that is not
             made of linear layers, rank or chains below 1.
     """
-    if rank < 1 or chains < 1 or num_labels < 1:
-        raise InputError(
-            f"rank={rank}, chains={chains}, num_labels={num_labels}: each must be at least 1"
-        )
-    if dtype not in get_args(Precision):
-        known = ", ".join(get_args(Precision))
-        raise InputError(f"dtype={dtype!r}: choose one of {known}")
+    _check_arguments(rank, chains, num_labels, dtype)
     source = model_name if isinstance(model_name, ModelSource) else resolve_model(model_name)
     network, missing = _load_base(source, num_labels)
     network.to(device=device, dtype=torch.float64 if dtype == "float64" else torch.float32)
@@ -152,6 +146,16 @@ def build_huggingface_lora_model(
     model = HuggingFaceLora(network, info, torch.bfloat16 if dtype == "bfloat16" else None)
     initialise(model, generators or chain_generators(seed, range(chains), "init", device))
     return model
+
+
+def _check_arguments(rank: int, chains: int, num_labels: int, dtype: str) -> None:
+    if rank < 1 or chains < 1 or num_labels < 1:
+        raise InputError(
+            f"rank={rank}, chains={chains}, num_labels={num_labels}: each must be at least 1"
+        )
+    if dtype not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise InputError(f"dtype={dtype!r}: choose one of {known}")
 
 
 def initialise(model: ChainModel, generators: Sequence[torch.Generator]) -> None:
