@@ -1,6 +1,5 @@
 """The schema of a run: defaults, round trip, and one clear line for whatever is wrong."""
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import yaml
 from bayesian_lora.config import (
     PLANNED_SAMPLERS,
     SAMPLERS,
-    Config,
     build_config,
     load_config,
 )
@@ -54,23 +52,6 @@ def refused(raw: dict[str, Any] | str, *overrides: str) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
-
-
-def keys(value: Any = Config, prefix: str = "") -> list[str]:
-    """Every key of the schema, dotted."""
-    found = []
-    for field in dataclasses.fields(value):
-        found.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.type):
-            found += keys(field.type, f"{prefix}{field.name}.")
-    return found
-
-
-def nested(key: str, value: Any) -> dict[str, Any]:
-    """``{"a": {"b": value}}`` of the dotted key a.b."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
 
 
 def test_the_seed_s_example_is_a_config(tmp_path: Path) -> None:
@@ -161,15 +142,6 @@ def test_wrong_overrides_are_named(override: str, message: str) -> None:
     found = refused({}, override)
     assert found.startswith(f"override {override!r}: ")
     assert message in found
-
-
-@pytest.mark.parametrize("key", [key for key in keys() if len(key.rpartition(".")[2]) > 3])
-def test_a_misspelt_key_names_the_nearest(key: str) -> None:
-    section, _, name = key.rpartition(".")
-    misspelt = name[:-2] + name[-1] + name[-2] + "s"
-    message = refused(nested(f"{section}.{misspelt}" if section else misspelt, 1))
-    assert f"Key '{misspelt}' not in" in message
-    assert re.search(rf"Did you mean.*: '{name}'", message), "the nearest comes first"
 
 
 @pytest.mark.parametrize(

@@ -163,3 +163,14 @@ def test_a_dumped_config_loads_back_equal(scratch: Path, raw: dict[str, Any]) ->
         back.output.dir = None
     assert back == config
     assert dump_config(back) == dump_config(config)
+
+
+@pytest.mark.parametrize("key", [key for key in keys() if len(key.rpartition(".")[2]) > 3])
+def test_a_misspelt_key_names_the_nearest(key: str) -> None:
+    section, _, name = key.rpartition(".")
+    misspelt = name[:-2] + name[-1] + name[-2] + "s"
+    with pytest.raises(InputError) as caught:
+        build_config(nested(f"{section}.{misspelt}" if section else misspelt, 1))
+    message = str(caught.value)
+    assert f"Key '{misspelt}' not in" in message
+    assert re.search(rf"Did you mean.*: '{name}'", message), "the nearest comes first"

@@ -209,6 +209,11 @@ def dump_config(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config)))
 
 
+def value_of(config: Config, key: str) -> Any:
+    """The value under a dotted key, None where there is none."""
+    return OmegaConf.select(OmegaConf.structured(dataclasses.replace(config)), key)
+
+
 def _check_consistency(config: Config) -> None:
     sampler, data, train = config.sampler, config.data, config.train
     if sampler.name in PLANNED_SAMPLERS:

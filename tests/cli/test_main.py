@@ -64,3 +64,19 @@ def test_an_operating_system_error_is_one_line(
     monkeypatch.setattr("bayesian_lora.config.load_config", full)
     assert call("train", "x.yaml") == 1
     assert capsys.readouterr().err == "Error: runs/x: No space left on device\n"
+
+
+def test_eval_refuses_overrides_that_the_run_was_not_made_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {name: minilm}\nsampler: {chains: 2}\n")
+    config = tmp_path / "other.yaml"
+    config.write_text(f"model: {{name: roberta-base}}\noutput: {{dir: {run}}}\n")
+    for where in (run, config):
+        assert call("eval", str(where), "model.name=bert-base-uncased") == 2
+        assert f"{run} was made with model.name=minilm; " in capsys.readouterr().err
+    # What agrees, and what may differ, gets as far as the missing members.
+    assert call("eval", str(config), "sampler.chains=2", "device=cpu", "data.dir=x") == 2
+    assert "ensemble.json: not found" in capsys.readouterr().err

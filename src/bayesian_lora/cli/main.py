@@ -24,6 +24,7 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")
 ]
+FREE_IN_EVAL = ("data.dir", "device", "output.dir", "output.overwrite")
 KHelp = "Evaluate the first K samples (spread evenly over chains)."
 
 
@@ -91,32 +92,32 @@ def doctor() -> None:
 
 
 def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str | None]:
-    """The run's folder, and data folder and device where the overrides name them."""
-    from bayesian_lora.config import load_config
+    """The run's folder, and data folder and device where the overrides name them.
+
+    Other overrides cannot change a run that is made: they must agree with it.
+    """
+    from bayesian_lora.config import load_config, value_of
 
     path = Path(run)
-    if path.is_dir():
-        if not (path / "config.yaml").is_file():
-            raise InputError(f"{path}: no run there, it has no config.yaml; name a run's folder")
-        config = load_config(path / "config.yaml", overrides)
-        return path, _given(overrides, "data.dir", config.data.dir), _device(overrides, config)
-    config = load_config(path, overrides)
+    if path.is_dir() and not (path / "config.yaml").is_file():
+        raise InputError(f"{path}: no run there, it has no config.yaml; name a run's folder")
+    config = load_config(path / "config.yaml" if path.is_dir() else path, overrides)
     assert config.output.dir is not None
-    folder = Path(config.output.dir)
+    folder = path if path.is_dir() else Path(config.output.dir)
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no run there yet; make it with 'bayesian-lora train {run}', or name a "
             "run's folder"
         )
-    return folder, _given(overrides, "data.dir", config.data.dir), _device(overrides, config)
-
-
-def _given(overrides: Sequence[str], key: str, value: str | None) -> str | None:
-    return value if any(item.startswith(f"{key}=") for item in overrides) else None
-
-
-def _device(overrides: Sequence[str], config: object) -> str | None:
-    return _given(overrides, "device", getattr(config, "device", None))
+    own = load_config(folder / "config.yaml")
+    given = {key: value_of(config, key) for key in (item.partition("=")[0] for item in overrides)}
+    for key, value in given.items():
+        if key not in FREE_IN_EVAL and value != value_of(own, key):
+            raise InputError(
+                f"{key}={value}: {folder} was made with {key}={value_of(own, key)}; leave it out, "
+                "or name the run you mean with output.dir=…"
+            )
+    return folder, given.get("data.dir"), given.get("device")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,6 +9,7 @@ Units (the mean-loss scale, so that step sizes compare with SGD's):
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from bayesian_lora.utils.rng import restore_states, save_states
 Closure = Callable[[], Tensor]
 
 
-class Sampler(torch.optim.Optimizer):
+class Sampler(torch.optim.Optimizer, ABC):
     """Base of the samplers: an optimiser whose step leaves exp(−U/T) (nearly) invariant.
 
     Args:
@@ -69,9 +70,9 @@ class Sampler(torch.optim.Optimizer):
         _check_group(self.param_groups[-1])
         self.num_chains = self._count_chains()
 
+    @abstractmethod
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
         """Move every chain; the closure's value. Every sampler has its own."""
-        raise NotImplementedError
 
     def _count_chains(self) -> int:
         sizes = {
