@@ -25,6 +25,7 @@ from bayesian_lora.samplers import SGLD
 from bayesian_lora.samplers.schedules import BurnIn, Thinning
 from bayesian_lora.sampling import Chains, RunState, Streams, spread_start
 from bayesian_lora.traces import Traces
+from bayesian_lora.utils.lora_params import flatten
 from bayesian_lora.utils.rng import chain_generators
 from bayesian_lora.warm_start import EpochReport, StepReport, WarmStart
 
@@ -75,6 +76,8 @@ class Run:
             generators=streams.noise,
         )
         state.warm = None
+        flat = torch.ones_like(flatten(dict(state.model.chain_parameters())).detach())
+        sampler.watch(flat / flat.norm(dim=1, keepdim=True))
         state.chains = Chains(
             state.objective,
             sampler,
@@ -83,7 +86,6 @@ class Run:
             Thinning(THIN, DRAWS),
             Traces(state.objective, groups, self.sets[1], self.sets[0], seed=0),
             3,
-            BatchOrder(N, BATCH, streams.heat),
         )
         return state.chains
 
@@ -172,9 +174,10 @@ def assert_same_end(again: Run, whole: Run, after: int) -> None:
         np.testing.assert_array_equal(column, whole.columns[name])
     assert again.state.chains is not None
     assert whole.state.chains is not None
-    assert len(again.state.chains.t_eff) == len(whole.state.chains.t_eff)
-    for ours, theirs in zip(again.state.chains.t_eff, whole.state.chains.t_eff, strict=True):
-        assert torch.equal(ours, theirs)
+    ours, theirs = again.state.chains.sampler.t_eff, whole.state.chains.sampler.t_eff
+    assert ours is not None
+    assert theirs is not None
+    assert torch.equal(ours, theirs)
     assert again.state.objective.evaluations == whole.state.objective.evaluations
     pairs = zip(again.state.streams.all(), whole.state.streams.all(), strict=True)
     assert all(torch.equal(ours.get_state(), theirs.get_state()) for ours, theirs in pairs)

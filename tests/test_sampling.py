@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from bayesian_lora import sampling
 from bayesian_lora.data.batching import BatchOrder, TokenisedSet
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.models.hf_lora import build_huggingface_lora_model
 from bayesian_lora.objective import Objective, prior_groups
-from bayesian_lora.samplers import SGLD
+from bayesian_lora.samplers import SGLD, ControlVariate
+from bayesian_lora.samplers.flat import unit
 from bayesian_lora.samplers.schedules import BurnIn, Thinning
-from bayesian_lora.sampling import Chains, Streams, effective_temperature, hottest_direction
+from bayesian_lora.sampling import Chains, Streams
 from bayesian_lora.traces import Traces
+from bayesian_lora.utils.lora_params import flatten
 from bayesian_lora.utils.rng import chain_generators
 from bayesian_lora.warm_start import StepReport
 
@@ -42,6 +43,12 @@ class Run:
     @property
     def model(self) -> ChainModel:
         return self.chains.objective.model
+
+    def direction(self) -> Tensor:
+        """A random unit vector for each chain."""
+        flat = flatten(self.tensors())
+        rng = torch.Generator().manual_seed(3)
+        return unit(torch.randn(flat.shape, generator=rng, dtype=flat.dtype))
 
     def tensors(self) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in self.model.chain_parameters().items()}
@@ -108,7 +115,6 @@ def set_up(tiny_models: dict[str, Path]) -> SetUp:
             Thinning(thin, draws),
             Traces(objective, groups, probe, train, seed=0),
             trace_every,
-            BatchOrder(N, batch_size, streams.heat),
         )
         return Run(chains, streams)
 
@@ -171,13 +177,17 @@ def test_the_step_is_sglds(set_up: SetUp):
     twin.chains.objective.closure(rows)()
     run.chains.run_burn_in(lambda _: None)
     noise = {n: [] for n in before}
+    names = [
+        name
+        for group in run.chains.sampler.param_groups
+        for name, p in run.model.chain_parameters().items()
+        if _in(p, group["params"])
+    ]
+    sizes = [before[name][0].numel() for name in names]
     for rng in chain_generators(0, [0, 1], "n"):
-        for group in run.chains.sampler.param_groups:
-            names = [n for n, p in run.model.chain_parameters().items() if _in(p, group["params"])]
-            sizes = [before[n][0].numel() for n in names]
-            flat = torch.empty(sum(sizes), dtype=torch.float64).normal_(generator=rng)
-            for name, part in zip(names, flat.split(sizes), strict=True):
-                noise[name].append(part.reshape(before[name].shape[1:]))
+        flat = torch.empty(sum(sizes), dtype=torch.float64).normal_(generator=rng)
+        for name, part in zip(names, flat.split(sizes), strict=True):
+            noise[name].append(part.reshape(before[name].shape[1:]))
     for name, p in twin.model.chain_parameters().items():
         sigma = 0.5 if name.startswith("classifier") else 0.2
         assert p.grad is not None
@@ -213,70 +223,48 @@ def test_recording_does_not_disturb_the_draws(set_up: SetUp):
     assert_same_draws(often, seldom)
 
 
-def test_measuring_heat_does_not_disturb_the_draws(set_up: SetUp, monkeypatch: pytest.MonkeyPatch):
-    seldom = set_up([0, 1]).run()
-    assert len(seldom.chains.t_eff) == 2
-    probed = [r.t_eff is not None for r in seldom.steps]
-    assert probed == [False] * 5 + [True, *[False] * 9] * 2
-    monkeypatch.setattr(sampling, "HEAT_PROBES", 1000)
-    monkeypatch.setattr(sampling, "HEAT_EVERY", 1)
-    often = set_up([0, 1]).run()
-    assert len(often.chains.t_eff) == 20
-    assert_same_draws(often, seldom)
-    assert often.chains.objective.evaluations == 25 + 2 * 20
-
-
-def test_effective_temperature_is_the_one_the_chain_has():
-    """Var = T_eff/(Nk) · 1/(1 − hk/2) on a quadratic whose batches' gradients vary by c/B."""
-    n, batch, t, h, k, chains = 200, 5, 0.8, 0.1, 1.0, 40_000
-    rng = torch.Generator().manual_seed(0)
-    centres = torch.randn(n, generator=rng, dtype=torch.float64)
-    theta = torch.zeros(chains, 1, dtype=torch.float64, requires_grad=True)
-    options = {"step_size": h, "num_examples": n, "temperature": t, "chain_dim": 0}
-    sampler = SGLD([theta], generators=rng, **options)
-
-    def closure() -> Tensor:
-        rows = torch.randint(n, (chains, batch), generator=rng)
-        theta.grad = k * (theta.detach() - centres[rows].mean(1, keepdim=True))
-        return torch.zeros(chains)
-
-    for _ in range(80):
-        sampler.step(closure)
-    variance = torch.full((1,), float(centres.var(unbiased=False)) / batch)
-    t_eff = effective_temperature(t, n, h, variance).item()
-    assert t_eff > 3 * t
-    expected = t_eff / (n * k) / (1 - h * k / 2)
-    assert theta.detach().var().item() == pytest.approx(expected, rel=0.04)
-
-
-def test_hottest_direction_holds_all_the_noise():
-    """d coordinates, one of which has all the gradient variance v."""
-    t, n, h, v, d = 0.5, 300, 0.02, 0.3, 40
-    one = effective_temperature(t, n, h, torch.tensor([v])).item()
-    mean = effective_temperature(t, n, h, torch.tensor([v / d])).item()
-    assert hottest_direction(t, mean, d) == pytest.approx(one)
-    assert one == pytest.approx(t + n * h * v / 2)
+def test_following_the_heat_does_not_disturb_the_draws(set_up: SetUp):
+    without, watched = set_up([0, 1]).run(), set_up([0, 1])
+    direction = watched.direction()
+    watched.chains.sampler.watch(direction)
+    watched.run()
+    assert_same_draws(without, watched)
+    assert without.chains.sampler.t_eff is None
+    known = [r.t_eff is not None for r in watched.steps]
+    # Of each phase's first step there is no difference yet; collection starts afresh.
+    assert known == [False, *[True] * 4, False, *[True] * 19]
+    assert watched.chains.objective.evaluations == 25
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_measured_heat_is_the_gradients_variance(
-    set_up: SetUp, batch_size: int, monkeypatch: pytest.MonkeyPatch
-):
-    """Mean of 150 probes at a θ that stands still against all N gradients, one by one."""
-    monkeypatch.setattr(sampling, "HEAT_PROBES", 1000)
-    monkeypatch.setattr(sampling, "HEAT_EVERY", 1)
+def test_the_heat_is_the_gradients_variance(set_up: SetUp, batch_size: int):
+    """150 steps at a θ that all but stands still, against all N gradients one by one."""
     still = BurnIn(0, 1e-9, 1e-9)
     run = set_up([0], burn_in=still, thin=150, draws=1, temperature=0.0, batch_size=batch_size)
-    gradients = []
+    direction = run.direction()
+    along = []
     for i in range(N):
         run.chains.objective.closure(np.array([[i]]))()
-        parts = [p.grad for p in run.model.chain_parameters().values() if p.grad is not None]
-        gradients.append(torch.cat([g.flatten() for g in parts]))
-    c = torch.stack(gradients).var(0, unbiased=False).mean().item()
-    monkeypatch.setattr(run.chains.traces, "record", lambda: None)
+        along.append((run.chains.sampler.drift() * direction).sum().item())
+    run.chains.sampler.watch(direction)
+    run.chains.traces.record = dict  # type: ignore[method-assign]
     run.run()
-    mean = torch.stack(run.chains.t_eff).mean().item()
-    assert mean == pytest.approx(N * 1e-9 * c / (2 * batch_size), rel=0.15)
+    t_eff = run.chains.sampler.t_eff
+    assert t_eff is not None
+    expected = N * 1e-9 * np.var(along) / (2 * batch_size)
+    assert t_eff.item() == pytest.approx(expected, rel=0.25)  # 150 differences: 10 % error
+
+
+def test_the_control_variate_acts_on_every_batch(set_up: SetUp):
+    """At θ*, which T = 0 and a tiny step leave all but unchanged, no batch differs."""
+    still = BurnIn(0, 1e-9, 1e-9)
+    run = set_up([0, 1], burn_in=still, temperature=0.0)
+    full = run.chains.objective.closure(np.tile(np.arange(N), (2, 1)))
+    run.chains.control = ControlVariate(run.model.chain_parameters().values(), full)
+    norms = []
+    run.run(lambda _: norms.append(run.chains.sampler.stats["drift_norm"]))
+    torch.testing.assert_close(torch.stack(norms), norms[0].expand(20, 2), rtol=1e-6, atol=0)
+    assert run.chains.objective.evaluations == 1 + 2 * 20
 
 
 def test_dropout_does_not_act(set_up: SetUp):
@@ -288,7 +276,7 @@ def test_dropout_does_not_act(set_up: SetUp):
 
 
 def test_a_chain_runs_as_if_alone(set_up: SetUp):
-    """Draws, traces and heat."""
+    """Draws and traces."""
     together = set_up([0, 1, 2]).run()
     columns = together.chains.traces.arrays()
     for m in range(3):
@@ -299,5 +287,3 @@ def test_a_chain_runs_as_if_alone(set_up: SetUp):
                 torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-10)
         for name, column in alone.chains.traces.arrays().items():
             np.testing.assert_allclose(column[0], columns[name][m], rtol=0, atol=1e-8)
-        for ours, theirs in zip(alone.chains.t_eff, together.chains.t_eff, strict=True):
-            torch.testing.assert_close(ours[0], theirs[m], rtol=1e-8, atol=0)

@@ -98,9 +98,9 @@ def test_the_seeds_way_from_training_to_evaluation(
 
 def test_a_real_process_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     config = SCRIPTS.parent / "configs" / "experiment_sst2_roberta_sam_sgld.yaml"
-    command = [sys.executable, str(TRAIN), "--config", str(config)]
+    command = [sys.executable, str(TRAIN), "--config", str(config), "sampler.rho=-1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "sam_sgld" in done.stderr
+    assert "sampler.rho=-1.0" in done.stderr
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The schema of a run: every key, its default, its range, and the messages for wrong input.
+"""A YAML file and overrides to one validated `Config`, and the messages for wrong input.
 
 A config is a YAML file plus ``key=value`` overrides. The schema is a tree of pydantic
 dataclasses read through OmegaConf, which names the nearest key for a misspelt one.
@@ -7,133 +7,27 @@ dataclasses read through OmegaConf, which names the nearest key for a misspelt o
 import dataclasses
 import io
 from collections.abc import Sequence
-from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import pydantic
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field
-from pydantic.dataclasses import dataclass
 
+from bayesian_lora.config_checks import SAMPLERS, check_consistency
+from bayesian_lora.config_schema import Config, SamplerConfig
 from bayesian_lora.errors import InputError
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-SAMPLERS = ("sgld",)
-PLANNED_SAMPLERS = (
-    "psgld",
-    "asgld",
-    "sam_sgld",
-    "sam_sgld_rank1",
-    "sghmc",
-    "sgnht",
-    "csgld",
-)
-
-
-@dataclass
-class DataConfig:
-    """What is learnt from; columns, names and files are for data sets outside the registry."""
-
-    name: str = "synthetic"
-    dir: str | None = None
-    batch_size: Count = 32
-    max_length: Annotated[int, Field(ge=4)] = 128
-    train_examples: Annotated[int, Field(ge=2)] | None = None
-    validation_share: Share = 0.1
-    files: dict[str, str] = field(default_factory=dict)
-    hub_config: str | None = None
-    text_columns: list[str] = field(default_factory=list)
-    label_column: str = "label"
-    label_names: list[str] = field(default_factory=list)
-    regression: bool = False
-    train_split: str = "train"
-    eval_split: str = "validation"
-
-
-@dataclass
-class LoraConfig:
-    """The adapter: ``target_modules: auto`` is query and value under the family's names."""
-
-    rank: Count = 8
-    alpha: Positive = 16.0
-    dropout: Share = 0.1
-    target_modules: list[str] | str = "auto"
-    rslora: bool = False
-
-
-@dataclass
-class ModelConfig:
-    """``name``: a hub id, a local folder, or ``minilm`` (the packaged encoder)."""
-
-    name: str = "minilm"
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    lora: LoraConfig = field(default_factory=LoraConfig)
-
-
-@dataclass
-class PriorConfig:
-    """Gaussian prior of every sampled parameter; ``head_std`` defaults to ``std``."""
-
-    std: Positive = 0.1
-    head_std: Positive | None = None
-
-
-@dataclass
-class TrainConfig:
-    """The warm start: AdamW on U/N with warm-up and linear decay."""
-
-    epochs: Annotated[int, Field(ge=0)] = 10
-    lr: Positive = 1e-3
-    warmup_share: Share = 0.06
-    starts: Literal["independent", "shared"] = "independent"
-    jitter: Annotated[float, Field(ge=0)] = 0.01
-    early_stopping: bool = False
-    patience: Count | None = None
-    micro_batch: Count | None = None
-
-
-@dataclass
-class SamplerConfig:
-    """Steps are optimiser steps of every chain; ``num_samples`` counts over all chains."""
-
-    name: str = "sgld"
-    step_size: Positive = 5e-4
-    burn_in: Annotated[int, Field(ge=0)] = 1000
-    burn_in_step_size: Positive | None = None
-    thin: Count = 200
-    num_samples: Count = 20
-    chains: Count = 4
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    trace_every: Count | None = None
-
-
-@dataclass
-class OutputConfig:
-    """``dir`` defaults to ``runs/<name of the config file>``."""
-
-    dir: str | None = None
-    overwrite: bool = False
-
-
-@dataclass
-class Config:
-    """One run, whole."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    device: str = "auto"
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    prior: PriorConfig = field(default_factory=PriorConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-
+__all__ = [
+    "SAMPLERS",
+    "Config",
+    "SamplerConfig",
+    "build_config",
+    "dump_config",
+    "load_config",
+    "value_of",
+]
 
 # OmegaConf raises TypeError where a list meets a mapping.
 _WRONG = (OmegaConfBaseException, pydantic.ValidationError, TypeError)
@@ -186,7 +80,7 @@ def build_config(
     except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     assert isinstance(config, Config)
-    _check_consistency(config)
+    check_consistency(config)
     return config
 
 
@@ -214,46 +108,13 @@ def value_of(config: Config, key: str) -> Any:
     return OmegaConf.select(OmegaConf.structured(dataclasses.replace(config)), key)
 
 
-def _check_consistency(config: Config) -> None:
-    sampler, data, train = config.sampler, config.data, config.train
-    if sampler.name in PLANNED_SAMPLERS:
-        raise InputError(
-            f"sampler.name={sampler.name}: not in this version yet; "
-            f"available: {', '.join(SAMPLERS)} (set sampler.name=sgld)"
-        )
-    if sampler.name not in SAMPLERS:
-        raise InputError(
-            f"sampler.name={sampler.name}: unknown sampler; known: "
-            f"{', '.join(SAMPLERS)} (to come: {', '.join(PLANNED_SAMPLERS)})"
-        )
-    if sampler.num_samples % sampler.chains:
-        nearest = -(-sampler.num_samples // sampler.chains) * sampler.chains
-        raise InputError(
-            f"sampler.num_samples={sampler.num_samples} is the total over all chains and must be "
-            f"a multiple of sampler.chains={sampler.chains}: set sampler.num_samples={nearest}"
-        )
-    if train.early_stopping and data.validation_share == 0:
-        raise InputError(
-            "train.early_stopping=true needs data held out of train: set data.validation_share=0.1"
-        )
-    if train.patience is not None and not train.early_stopping:
-        raise InputError(
-            f"train.patience={train.patience} acts only with early stopping: "
-            "set train.early_stopping=true or leave train.patience out"
-        )
-    targets = config.model.lora.target_modules
-    if targets == [] or (isinstance(targets, str) and targets != "auto"):
-        raise InputError(
-            f"model.lora.target_modules={targets!r}: give 'auto' or a list such as [query, value]"
-        )
-
-
 def _explain(error: Exception) -> str:
     if isinstance(error, pydantic.ValidationError):
         first = error.errors()[0]
         section = _SECTION.get(error.title, "")
         key = section + ".".join(str(part) for part in first["loc"] if not _is_branch(part))
-        return " ".join(f"{key}={first['input']!r}: {first['msg'].lower()}".split())
+        words = first["msg"].removeprefix("Value error, ").lower()
+        return " ".join(f"{key}={first['input']!r}: {words}".split())
     if isinstance(error, TypeError):
         return "a list stands where a mapping is wanted, such as data.files={train: train.csv}"
     key = " ".join(str(getattr(error, "full_key", None) or "").split())

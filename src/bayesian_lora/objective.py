@@ -11,7 +11,7 @@ from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.posterior import LikelihoodName, PriorGroup, negative_log_likelihood
 from bayesian_lora.predict import predict_logits
-from bayesian_lora.samplers.base import Closure
+from bayesian_lora.samplers.base import Closure, Diverged
 
 MICRO_BATCH_ON_CPU = 8
 
@@ -46,17 +46,20 @@ class Objective:
             spread = data.labels.std().log().to(like)
             self.log_noise = spread.expand(model.num_chains).clone()
         self.accuracy: Tensor | None = None
-        """(M,) of the last closure's batch, None for regression."""
+        """(M,) of the last batch, at the closure's first call; None for regression."""
         self.evaluations = 0
         """Gradient evaluations of a chain's batch so far."""
 
-    def closure(self, rows: np.ndarray) -> Closure:
+    def closure(self, rows: np.ndarray, evaluations: int = 1) -> Closure:
         """The closure of one batch (M, B) of the training set; see `Sampler`'s units.
 
-        It raises `NonFiniteLoss` before any gradient is used.
+        It raises `NonFiniteLoss` before any gradient is used. `evaluations`: how many batches'
+        worth of work a call counts as.
         """
+        called = False
 
         def compute() -> Tensor:
+            nonlocal called
             self.model.zero_grad(set_to_none=True)
             if self.log_noise is not None:
                 self.log_noise.grad = None
@@ -72,8 +75,10 @@ class Objective:
                 correct += (outputs.detach().argmax(-1) == batch.labels).float().mean(
                     1
                 ) * batch.share
-            self.evaluations += 1
-            self.accuracy = correct if self.likelihood == "categorical" else None
+            self.evaluations += evaluations
+            if not called:
+                self.accuracy = correct if self.likelihood == "categorical" else None
+            called = True
             if not bool(torch.isfinite(total).all()):
                 raise NonFiniteLoss(total)
             return total
@@ -99,7 +104,7 @@ class Objective:
         return nll, (outputs.argmax(-1) == labels).double().mean(1)
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Diverged):
     """The loss of a chain is NaN or infinite; `.chains` says which."""
 
     def __init__(self, loss: Tensor) -> None:
@@ -107,8 +112,13 @@ class NonFiniteLoss(RuntimeError):
         super().__init__(f"the loss of chain {', '.join(map(str, self.chains))} is not finite")
 
 
-def prior_groups(model: ChainModel, std: float, head_std: float | None) -> list[PriorGroup]:
-    """The factors under N(0, std²), the head under N(0, head_std²) (None: the same)."""
+def prior_groups(
+    model: ChainModel, std: float | Tensor, head_std: float | None
+) -> list[PriorGroup]:
+    """The factors under N(0, std²), the head under N(0, head_std²) (None: the same).
+
+    A tensor (M,) gives every chain a prior of its own.
+    """
     head = {id(p) for layer in model.head_layers().values() for p in layer.parameters()}
     parameters = list(model.chain_parameters().values())
     factors = tuple(p for p in parameters if id(p) not in head)

@@ -17,10 +17,10 @@ LikelihoodName = Literal["categorical", "gaussian"]
 
 @dataclass(frozen=True)
 class PriorGroup:
-    """Tensors (M, …) under one N(0, std²) prior."""
+    """Tensors (M, …) under one N(0, std²) prior, or each chain under its own, std (M,)."""
 
     tensors: tuple[Tensor, ...]
-    std: float
+    std: float | Tensor
 
 
 def negative_log_likelihood(

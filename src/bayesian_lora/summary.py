@@ -61,9 +61,8 @@ def closing_lines(m: Figures) -> list[str]:
         )
     d = m["diagnostics"]
     lines += [
-        f"Effective temperature: nominal {m['temperature']:g}; with minibatch noise "
-        f"{_number(d['t_eff'])} as a mean over coordinates, at most {_number(d['t_eff_upper'])} "
-        "along a direction",
+        f"Effective temperature along the stiffest direction: {_number(d['t_eff'])} with minibatch "
+        f"noise, {m['temperature']:g} asked for",
         f"Chains: {d['verdict']}: {d['reason']}" if d.get("reason") else f"Chains: {d['verdict']}",
     ]
     return lines

@@ -213,4 +213,9 @@ def add_prior_gradient(groups: list[PriorGroup], num_examples: int) -> None:
     for group in groups:
         for tensor in group.tensors:
             if tensor.grad is not None:
-                tensor.grad.add_(tensor, alpha=1.0 / (num_examples * group.std**2))
+                precision = 1.0 / (num_examples * group.std**2)
+                if isinstance(precision, Tensor):
+                    own = precision.view(-1, *[1] * (tensor.ndim - 1))
+                    tensor.grad.addcmul_(tensor, own.to(tensor.dtype))
+                else:
+                    tensor.grad.add_(tensor, alpha=precision)

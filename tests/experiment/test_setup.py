@@ -13,9 +13,7 @@ from bayesian_lora.cli.main import main
 from bayesian_lora.config import Config, build_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.setup import (
-    _prior_warning,
     data_folder,
-    make_sampler,
     prepare,
     resolve_device,
     run_facts,
@@ -76,7 +74,7 @@ def refused(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("sampler.thin=0", ["sampler.thin", "greater than or equal to 1"]),
         ("sampler.num_samples=5", ["num_samples=5", "chains=2", "num_samples=6"]),
         ("sampler.name=sgdl", ["sgdl", "sgld"]),
-        ("sampler.name=sam_sgld", ["sam_sgld", "not in this version yet"]),
+        ("sampler.sigma_dir=-1", ["sampler.sigma_dir", "greater than -1"]),
         ("model.lora.rank=0", ["model.lora.rank", "greater than or equal to 1"]),
         ("model.lora.rank=two", ["model.lora.rank", "two"]),
         ("model.lora.target_modules=[quary]", ["'quary'", "attention.self.query"]),
@@ -174,25 +172,8 @@ def test_prepare_gives_what_the_config_asks_for(tiny_models: dict[str, Path]) ->
     assert [group.std for group in setup.groups] == [0.2, 0.5]
     heads = {id(p) for layer in setup.model.head_layers().values() for p in layer.parameters()}
     assert {id(t) for t in setup.groups[1].tensors} == heads
-    sampler = make_sampler(config, setup.groups, len(setup.train), setup.streams)
-    assert sampler.num_examples == 36
-    assert [group["prior_std"] for group in sampler.param_groups] == [0.2, 0.5]
     states = [tuple(g.get_state().tolist()) for g in setup.streams.all()]
     assert len(set(states)) == len(states) >= 4 * 4, "two streams share their draws"
-
-
-@pytest.mark.parametrize(
-    ("key", "line"),
-    [
-        ("prior.std=0.2", "Prior: N(0, 0.2²) on every parameter; "),
-        ("prior.head_std=0.5", "Prior: N(0, 0.1²) on the factors, N(0, 0.5²) on the head; "),
-    ],
-)
-def test_the_prior_that_acts_is_printed(
-    tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str], key: str, line: str
-) -> None:
-    prepare(small(tiny_models["bert"], key), Progress())
-    assert line in capsys.readouterr().out
 
 
 def test_shared_starts_fit_one_chain(tiny_models: dict[str, Path]) -> None:
@@ -267,11 +248,3 @@ def test_devices_that_are_there(name: str) -> None:
 def test_devices_that_are_not(name: str) -> None:
     with pytest.raises(InputError, match="device="):
         resolve_device(name)
-
-
-def test_a_prior_that_outweighs_the_likelihood_is_named() -> None:
-    assert _prior_warning(0.1, 3301) == []
-    (line,) = _prior_warning(0.1, 1080)
-    assert "penalty of 0.093" in line
-    assert "N = 1080" in line
-    assert "raise prior.std" in line

@@ -1,8 +1,17 @@
-"""Burn-in, thinning and learning-rate schedules, by hand."""
+"""Burn-in, thinning, cycles and learning-rate schedules, by hand."""
+
+import math
+from itertools import pairwise
 
 import pytest
 
-from bayesian_lora.samplers.schedules import BurnIn, Thinning, warmup_linear_decay
+from bayesian_lora.samplers.schedules import (
+    BurnIn,
+    Cycle,
+    CycleThinning,
+    Thinning,
+    warmup_linear_decay,
+)
 
 
 def test_burn_in_is_geometric():
@@ -38,3 +47,50 @@ def test_no_step_of_a_run_is_lost():
     for warmup, total in ((0, 1), (1, 1), (0, 5), (5, 5)):
         steps = range(total)
         assert all(warmup_linear_decay(s, warmup=warmup, total=total) > 0 for s in steps)
+
+
+def test_a_cosine_cycle():
+    cycle = Cycle(steps=4, explore_fraction=0.5)
+    quarter = (2 + math.sqrt(2)) / 4
+    assert [cycle.factor(t) for t in range(8)] == pytest.approx([1, quarter, 0.5, 1 - quarter] * 2)
+    assert [cycle.sampling(t) for t in range(8)] == [False, False, True, True] * 2
+    assert (cycle.explore_steps, cycle.sampling_steps) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "explore"),
+    [(5, 0.5, 3), (10, 0.0, 0), (10, 0.3, 3), (7, 0.99, 7), (100, 0.55, 55)],
+)
+def test_exploration_is_rounded_up(steps: int, share: float, explore: int):
+    cycle = Cycle(steps, share)
+    assert cycle.explore_steps == explore
+    assert sum(cycle.sampling(t) for t in range(steps)) == cycle.sampling_steps == steps - explore
+
+
+def test_every_draw_of_a_cycle_is_from_its_sampling_share():
+    """C = 10, half of it exploration, thin = 2: steps 7 and 9 of 1 … 10 no, 8 and 10 yes."""
+    plan = CycleThinning(Cycle(10, 0.5), thin=2, draws=5)
+    assert (plan.per_cycle, plan.steps) == (2, 30)
+    kept = {step: plan.draw_after(step) for step in range(plan.steps + 1)}
+    assert {s: d for s, d in kept.items() if d is not None} == {8: 0, 10: 1, 18: 2, 20: 3, 28: 4}
+
+
+@pytest.mark.parametrize("thin", [1, 2, 3, 5])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.3, 0.5])
+@pytest.mark.parametrize("draws", [1, 4, 9])
+def test_a_cyclic_plan_makes_its_draws(thin: int, share: float, draws: int):
+    """Each once, in order, after steps with noise, spaced by `thin` within a cycle, to its end."""
+    cycle = Cycle(10, share)
+    plan = CycleThinning(cycle, thin, draws)
+    kept = [(step, plan.draw_after(step)) for step in range(plan.steps + 1)]
+    kept = [(step, draw) for step, draw in kept if draw is not None]
+    assert [draw for _, draw in kept] == list(range(draws))
+    assert all(cycle.sampling(step - 1) for step, _ in kept)
+    for (a, _), (b, _) in pairwise(kept):
+        assert b - a == thin or (a % 10 == 0 and (b - 1) // 10 == a // 10)
+    assert plan.steps - 10 < kept[-1][0] <= plan.steps
+
+
+def test_a_cycle_must_hold_a_draw():
+    with pytest.raises(ValueError, match="thin=6 exceeds 5 sampling steps"):
+        CycleThinning(Cycle(10, 0.5), thin=6, draws=1)

@@ -4,30 +4,32 @@ Its stationary law is in `test_stationary_laws.py`. Units: `bayesian_lora.sample
 """
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from bayesian_lora.samplers import SGLD
-from bayesian_lora.samplers.base import Closure, noise_std
+from bayesian_lora.samplers.base import Closure
+
+from .toys import SETTINGS, Hand, assert_follows, closure_of, generator
 
 
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def rule(c: Hand, noise: float = 1.0) -> None:
+    """θ ← θ − hg + s z, tensor by tensor."""
+    g, z = c.drift(), c.z()
+    for i, p in enumerate(c.theta):
+        c.theta[i] = p - c.h[i] * g[i] + noise * c.s[i] * z[i]
 
 
-def closure_of(theta: Tensor, mean_nll: Callable[[Tensor], Tensor]) -> Closure:
-    """The closure of a loss θ → (1,)."""
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_it_follows_its_rule(setting: str):
+    assert_follows("sgld", rule, setting)
 
-    def closure() -> Tensor:
-        theta.grad = None
-        loss = mean_nll(theta)
-        loss.sum().backward()
-        return loss.detach()
 
-    return closure
+def test_a_wrong_amount_of_noise_is_seen():
+    with pytest.raises(AssertionError, match="step 0"):
+        assert_follows("sgld", lambda c: rule(c, noise=1.001), "chains")
 
 
 @pytest.mark.parametrize("factors", [(1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4)])
@@ -43,7 +45,6 @@ def test_noise_has_the_stated_unit(factors: tuple[int, int, int]):
 
     sampler.step(closure)
     assert theta.std().item() == pytest.approx(math.sqrt(2 * h * t / n), rel=0.005)
-    assert noise_std(h, t, n) == pytest.approx(math.sqrt(2 * h * t / n))
 
 
 def network_and_data(seed: int) -> tuple[torch.nn.Module, Tensor, Tensor]:
@@ -116,7 +117,7 @@ def test_parameter_groups_have_their_own_prior_and_temperature():
         return torch.tensor(1.5)
 
     assert sampler.step(closure).item() == 1.5
-    z = torch.empty(1, 4).normal_(generator=generator(3)).reshape(2, 2)
+    z = torch.empty(1, 7).normal_(generator=generator(3))[0, 3:].reshape(2, 2)
     g_cold, g_hot = 0.1 + 1 / (10 * 0.25), -0.3 + 2 / (10 * 4.0)
     s = math.sqrt(2 * 0.2 * 0.7 / 10)
     torch.testing.assert_close(cold.detach(), torch.full((3,), 1 - 0.2 * g_cold))
@@ -180,6 +181,43 @@ def test_parameters_without_a_gradient_stay():
     z = torch.empty(1, 2).normal_(generator=generator(6))[0]
     expected = 1 - 0.1 * (2 + 1 / 5) + math.sqrt(2 * 0.1 / 5) * z
     torch.testing.assert_close(used.detach(), expected)
-    sampler.zero_grad()
-    sampler.step(lambda: torch.tensor(0.0))
-    assert sampler.stats == {}
+
+
+@pytest.mark.parametrize(("share", "bounded"), [(0.99, True), (1.01, False)])
+def test_its_stability_limit(share: float, bounded: bool):
+    theta = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    sampler = SGLD([theta], step_size=1.0, num_examples=10, temperature=0.0)
+    sampler.param_groups[0]["lr"] = share * sampler.stability / 3.0
+    for _ in range(1000):
+        sampler.step(closure_of(theta, lambda x: 1.5 * x.square().sum()[None]))
+    assert (theta.abs().max() <= 1) == bounded
+
+
+def test_its_relaxation_time():
+    """Steps to 1/e at hk = .02: 1/(hk) is 1 % above the exact −1/ln(1 − hk)."""
+    theta = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
+    sampler = SGLD([theta], step_size=0.01, num_examples=10, temperature=0.0)
+    steps = round(sampler.relaxation_steps(0.01, 2.0))
+    for _ in range(steps):
+        sampler.step(closure_of(theta, lambda x: x.square().sum()[None]))
+    assert theta.item() == pytest.approx(math.exp(-1), rel=0.015)
+
+
+def test_effective_temperature_of_known_noise():
+    """`t_eff` is T + N h v/2, and the heat is seen in θ: Var = T_eff/(Nk) · 1/(1 − hk/2)."""
+    chains, h, k, sd, rng = 20_000, 0.05, 0.2, 0.8, generator(7)
+    theta = torch.zeros(chains, 1, dtype=torch.float64, requires_grad=True)
+    sampler = SGLD([theta], step_size=h, num_examples=10, generators=rng, chain_dim=0)
+
+    def closure() -> Tensor:
+        noise = sd * torch.randn(chains, 1, generator=rng, dtype=torch.float64)
+        theta.grad = k * theta.detach() + noise
+        return torch.zeros(chains)
+
+    sampler.watch(torch.ones(chains, 1, dtype=torch.float64))
+    for _ in range(600):
+        sampler.step(closure)
+    derived = 1 + 10 * h * sd**2 / 2
+    assert sampler.stats["t_eff"].mean().item() == pytest.approx(derived, rel=0.005)
+    law = derived / (10 * k) * sampler.variance_factor(h, k)
+    assert theta.detach().var().item() == pytest.approx(law, rel=0.04)  # sampling error 1 %

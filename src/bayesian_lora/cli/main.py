@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from bayesian_lora import __version__
+from bayesian_lora.cli import compare
 from bayesian_lora.errors import InputError
 
 app = typer.Typer(
@@ -89,6 +90,27 @@ def doctor() -> None:
 
     for line in report():
         typer.echo(line)
+
+
+@app.command(epilog="Examples:\n\nbayesian-lora verify\n\nbayesian-lora verify sgld sghmc --seed 1")
+def verify(
+    samplers: Annotated[
+        list[str] | None, typer.Argument(metavar="SAMPLER", help="Samplers; all by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the toy chains.")] = 0,
+) -> None:
+    """Measure the samplers against the laws they claim, on toy posteriors; status 1 if one fails.
+
+    Each is checked for the unit of its noise (of four settings, the one furthest off is shown) and
+    for its stationary law; broken versions of it must fail the same checks.
+    """
+    from bayesian_lora.cli.verify import verify as run
+
+    if not run(samplers or (), seed, typer.echo):
+        raise typer.Exit(1)
+
+
+app.command(epilog=compare.EPILOG)(compare.compare)
 
 
 def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str | None]:

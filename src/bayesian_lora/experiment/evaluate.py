@@ -28,7 +28,6 @@ from bayesian_lora.models.sources import load_pretrained, resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder, read_starts, read_traces
-from bayesian_lora.sampling import hottest_direction
 from bayesian_lora.utils.files import read_json
 from bayesian_lora.utils.lora_params import chain_norm
 
@@ -87,7 +86,7 @@ def evaluate_run(
         **_compare(task.metrics, regression, predictions, map_predictions, held),
         "uncertainty": evaluation.uncertainty(regression, predictions),
         **evaluation.against_truth(predictions),
-        "diagnostics": run_diagnostics(root, full),
+        "diagnostics": run_diagnostics(root),
         "parameters": evaluation.parameter_statistics(norms),
         "cost": _cost(root, time.monotonic() - began),
         "own_metrics": list(task.metrics),
@@ -155,29 +154,19 @@ def _compare(
     }
 
 
-def run_diagnostics(root: Path, full: Ensemble) -> Figures:
-    """R-hat, ESS and the verdict from the run's traces; T_eff from `run.json`, and its bound."""
+def run_diagnostics(root: Path) -> Figures:
+    """R-hat, ESS and the verdict from the run's traces; T_eff from `run.json`."""
     run = read_json(root / "run.json", "run")
     figures = diagnostics.summarise(read_traces(root), read_starts(root))
-    t_eff = run.get("t_eff")
-    figures["t_eff"] = t_eff
-    if t_eff is None:
-        reason = "no sampling step has been made, or it overflowed"
-        return {
-            **figures,
-            "t_eff_reason": reason,
-            "t_eff_upper": None,
-            "t_eff_upper_reason": reason,
-        }
-    parameters = sum(tensor.numel() for tensor in full.members[0].values())
-    temperature = full.provenance.sampler["temperature"]
-    figures["t_eff_upper"] = hottest_direction(temperature, t_eff, parameters)
+    figures["t_eff"] = run.get("t_eff")
+    if figures["t_eff"] is None:
+        figures["t_eff_reason"] = "fewer than two sampling steps were made, or it overflowed"
     return figures
 
 
 def _cost(root: Path, eval_s: float) -> Figures:
     run = read_json(root / "run.json", "run")
-    names = ("train_s", "sample_s", "gradient_evaluations")
+    names = ("train_s", "sample_s", "gradient_evaluations", "sampling_gradient_evaluations")
     return {**{name: run.get(name) for name in names}, "eval_s": round(eval_s, 2)}
 
 

@@ -5,9 +5,11 @@ Shapes: M chains, K members.
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bayesian_lora.config import Config
@@ -25,16 +27,21 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
 from bayesian_lora.objective import Objective, prior_groups
-from bayesian_lora.posterior import PriorGroup, delta_w_prior_std
+from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.progress import Progress
-from bayesian_lora.samplers.base import Sampler
-from bayesian_lora.samplers.sgld import SGLD
 from bayesian_lora.sampling import Streams
 from bayesian_lora.utils.hub import offline_if_unreachable
 from bayesian_lora.utils.rng import chain_generators
 
 DATA_VARIABLE = "BAYESIAN_LORA_DATA"
-STRONG_PRIOR = 0.05
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Standard deviations of the Gaussian priors of the factors and of the head."""
+
+    std: float
+    head_std: float
 
 
 @dataclass
@@ -49,12 +56,27 @@ class Setup:
     validation: TokenisedSet | None
     evaluation: TokenisedSet
     objective: Objective
-    groups: list[PriorGroup]
     streams: Streams
+    prior: Prior
+    """Resolved; ``prior.std: auto`` stands at the first candidate until it is searched."""
 
     @property
     def task(self) -> TaskSpec:
         return self.raw.task
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the frozen weights."""
+        return self.model.fingerprint()
+
+    @property
+    def groups(self) -> list[PriorGroup]:
+        """The model's tensors under their priors."""
+        return prior_groups(self.model, self.prior.std, self.prior.head_std)
+
+    def all_rows(self) -> np.ndarray:
+        """Every training example for every chain, (M, N)."""
+        return np.tile(np.arange(len(self.train)), (self.model.num_chains, 1))
 
     @property
     def regression(self) -> bool:
@@ -136,20 +158,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_sampler(config: Config, groups: list[PriorGroup], n: int, streams: Streams) -> Sampler:
-    """The sampler a config names, over the tensors under their priors."""
-    assert config.sampler.name == "sgld", "the config refuses other names"
-    parameters = [{"params": list(g.tensors), "prior_std": g.std} for g in groups]
-    return SGLD(
-        parameters,
-        step_size=config.sampler.step_size,
-        num_examples=n,
-        temperature=config.sampler.temperature,
-        chain_dim=0,
-        generators=streams.noise,
-    )
-
-
 def prepare(config: Config, progress: Progress) -> Setup:
     """Check everything, load data and model, print what they are.
 
@@ -178,7 +186,7 @@ def prepare(config: Config, progress: Progress) -> Setup:
     objective = Objective(model, train_set, task.likelihood, config.train.micro_batch)
     if task.likelihood == "gaussian":
         start_at_mean(model, float(raw.train.labels.mean()))
-    groups = prior_groups(model, config.prior.std, config.prior.head_std)
+    std = config.prior.candidates[0] if config.prior.std == "auto" else config.prior.std
     setup = Setup(
         config=config,
         raw=raw,
@@ -188,8 +196,8 @@ def prepare(config: Config, progress: Progress) -> Setup:
         validation=held_out,
         evaluation=TokenisedSet(evaluation, tokenizer, length),
         objective=objective,
-        groups=groups,
         streams=make_streams(config, device),
+        prior=Prior(std, config.prior.head_std or std),
     )
     for line in _model_lines(setup):
         progress.say(line)
@@ -197,10 +205,16 @@ def prepare(config: Config, progress: Progress) -> Setup:
 
 
 def build_model(
-    config: Config, source: ModelSource, num_labels: int, device: torch.device
+    config: Config,
+    source: ModelSource,
+    num_labels: int,
+    device: torch.device,
+    chains: int | None = None,
 ) -> HuggingFaceLora:
     """The chain-dimensional model; chains that share one start are fitted as one."""
     lora = config.model.lora
+    if chains is None:
+        chains = 1 if config.train.starts == "shared" else config.sampler.chains
     return build_huggingface_lora_model(
         source,
         num_labels,
@@ -209,7 +223,7 @@ def build_model(
         dropout=lora.dropout,
         target_modules=lora.target_modules,
         rslora=lora.rslora,
-        chains=1 if config.train.starts == "shared" else config.sampler.chains,
+        chains=chains,
         seed=config.seed,
         device=device,
         dtype=config.model.dtype,
@@ -224,7 +238,7 @@ def make_streams(config: Config, device: torch.device) -> Streams:
         dropout=chain_generators(seed, numbers, "dropout", device),
         batches=chain_generators(seed, numbers, "batches"),
         noise=chain_generators(seed, numbers, "noise", device),
-        heat=chain_generators(seed, numbers, "heat"),
+        probe=chain_generators(seed, numbers, "probe"),
     )
 
 
@@ -249,35 +263,13 @@ def _data_lines(raw: RawData) -> list[str]:
 
 
 def _model_lines(setup: Setup) -> list[str]:
-    config, info = setup.config, setup.model.info
-    prior = config.prior
-    spread = delta_w_prior_std(info.spec.rank, info.spec.scaling, prior.std, prior.std)
-    head = prior.head_std or prior.std
-    where = "every parameter" if head == prior.std else f"the factors, N(0, {head:g}²) on the head"
-    batch = config.data.batch_size
+    batch = setup.config.data.batch_size
     return [
-        *info.lines(),
-        f"Prior: N(0, {prior.std:g}²) on {where}; an entry of ΔW has prior sd {spread:.4g}",
-        *_prior_warning(prior.std, len(setup.train)),
+        *setup.model.info.lines(),
         "",
         f"Train batches: {-(-len(setup.train) // batch)}",
         f"Validation batches: {-(-len(setup.evaluation) // batch)}",
         "",
-    ]
-
-
-def _prior_warning(std: float, num_examples: int) -> list[str]:
-    """A word where the prior's curvature 1/(Nσ²) is large beside that of the mean loss.
-
-    L2 on both factors pulls ΔW to exactly 0 once it outweighs the likelihood; seen at .09 (N =
-    1,080, σ = .1), not at .014 and below.
-    """
-    curvature = 1.0 / (num_examples * std**2)
-    if curvature < STRONG_PRIOR:
-        return []
-    return [
-        f"Warning: this prior acts as an L2 penalty of {curvature:.2g} on the mean loss "
-        f"(1/(Nσ²), N = {num_examples}) and may hold the adapters at 0: raise prior.std"
     ]
 
 
@@ -289,7 +281,7 @@ def run_facts(setup: Setup) -> dict[str, Any]:
         "device": str(setup.model.device),
         "threads": torch.get_num_threads(),
         "data": {"fingerprint": setup.raw.fingerprint(), "sizes": _sizes(setup.raw)},
-        "model_fingerprint": setup.model.fingerprint(),
+        "model_fingerprint": setup.fingerprint,
     }
 
 

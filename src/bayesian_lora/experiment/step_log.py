@@ -12,7 +12,12 @@ from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.warm_start import StepReport
 
 LOG_LINES_PER_PHASE = 100
-PHASE_NAMES = {"map": "Warm start", "burn_in": "Burn-in", "sampling": "Sampling"}
+PHASE_NAMES = {
+    "prior": "Prior search",
+    "map": "Warm start",
+    "burn_in": "Burn-in",
+    "sampling": "Sampling",
+}
 
 
 class StepLogger:
@@ -34,7 +39,7 @@ class StepLogger:
         self.last = report.step
         self._examples += report.examples
         every = max(1, report.total // LOG_LINES_PER_PHASE)
-        if report.step % every == 0 or report.t_eff is not None or report.step == report.total:
+        if report.step % every == 0 or report.step == report.total:
             self._log(report)
         self.progress.update(report.step, lambda: self._facts(report))
 
@@ -47,7 +52,7 @@ class StepLogger:
         self._rate = self._examples / max(now - self._since, 1e-9)
         self._examples, self._since = 0, now
         line: dict[str, Any] = {
-            "phase": report.phase,
+            "phase": self.phase,
             "step": report.step,
             "loss": report.loss.tolist(),
             "lr": report.lr,
@@ -65,4 +70,6 @@ class StepLogger:
             parts.append(f"acc {float(report.accuracy.mean()):.3f}")
         if report.phase != "map":
             parts.append(f"T {self.temperature:g}")
+        if report.t_eff is not None:
+            parts.append(f"T_eff {float(report.t_eff.mean()):.3g}")
         return " | ".join([*parts, f"{self._rate:.0f} examples/s"])

@@ -3,8 +3,6 @@
 Shapes: M chains.
 """
 
-import dataclasses
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,26 +11,28 @@ from typing import Any
 
 import numpy as np
 
+from bayesian_lora.account import Account, account_lines
 from bayesian_lora.config import Config, dump_config
 from bayesian_lora.data.batching import BatchOrder
-from bayesian_lora.data.preparation import probe_and_subset
-from bayesian_lora.ensemble import Provenance, write_manifest
+from bayesian_lora.ensemble import Ensemble, write_manifest
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.evaluate import evaluate_run
-from bayesian_lora.experiment.setup import Setup, make_sampler, prepare, run_facts
+from bayesian_lora.experiment.priors import prior_lines, search_lines, search_prior
+from bayesian_lora.experiment.provenance import mean_t_eff, provenance, tempering
+from bayesian_lora.experiment.samplers import idle_keys, make_chains, open_account
+from bayesian_lora.experiment.setup import Prior, Setup, prepare, run_facts
+from bayesian_lora.experiment.starts import check_starts, find_starts, place_starts
 from bayesian_lora.experiment.step_log import StepLogger
 from bayesian_lora.member_files import MemberRecord, MemberWriter
 from bayesian_lora.models.peft_io import adapter_config
 from bayesian_lora.objective import NonFiniteLoss
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
-from bayesian_lora.samplers.schedules import BurnIn, Thinning
-from bayesian_lora.sampling import Chains, RunState, spread_start
-from bayesian_lora.traces import Traces
+from bayesian_lora.samplers.base import Diverged
+from bayesian_lora.sampling import RunState, spread_start
 from bayesian_lora.utils.lora_params import split
 from bayesian_lora.warm_start import EpochReport, WarmStart
 
-TRACE_ROWS = 100
 MANIFEST_EVERY_MEMBER_UP_TO = 200
 
 
@@ -47,9 +47,12 @@ def train(config: Config, progress: Progress | None = None) -> Path:
     assert config.output.dir is not None
     folder = RunFolder(config.output.dir)
     folder.check_free(config.output.overwrite)
+    starts = find_starts(config)
     setup = prepare(config, progress)
+    if starts is not None:
+        check_starts(setup, *starts)
     folder.begin(dump_config(config), run_facts(setup))
-    run = Run(setup, folder, progress)
+    run = Run(setup, folder, progress, None if starts is None else starts[0])
     with _recorded(folder, run):
         with run.timed("train_s"):
             run.warm_start()
@@ -66,7 +69,7 @@ def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
     """Whatever ends the run early: members, traces and the reason are on disk."""
     try:
         yield
-    except NonFiniteLoss as error:
+    except Diverged as error:
         run.save()
         folder.finish("stopped", reason=f"{error} in {run.logger.place()}", **run.facts())
         raise InputError(
@@ -85,17 +88,25 @@ def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
 class Run:
     """One run under way: phases in order, and what each leaves on disk and on the screen."""
 
-    def __init__(self, setup: Setup, folder: RunFolder, progress: Progress) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        progress: Progress,
+        starts: Ensemble | None = None,
+    ) -> None:
         self.setup, self.folder, self.progress = setup, folder, progress
-        self.config = setup.config
+        self.config, self.starts = setup.config, starts
         self.peft_config = adapter_config(setup.model.info.spec)
-        self.fingerprint = folder.status["model_fingerprint"]
         self.writer = MemberWriter(folder.root, self.peft_config, self.config.sampler.num_samples)
         self.state = RunState(setup.model, setup.objective, setup.streams)
         self.seconds = {"train_s": 0.0, "sample_s": 0.0}
         self.logger = StepLogger(folder, progress, self.config.sampler.temperature)
+        self.account: Account | None = None
+        self.prior_search: dict[str, Any] | None = None
         self._traces_written = 0
         self._trace_parts = 0
+        self._before_collection: int | None = None
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -107,7 +118,44 @@ class Run:
             self.seconds[name] = time.monotonic() - began
 
     def warm_start(self) -> None:
-        """Fit all chains, store them under ``map/``, spread them if they share one start."""
+        """Every chain's start, fitted or taken over, stored under ``map/``; spread if shared."""
+        self._resolve_prior()
+        for line in prior_lines(self.setup):
+            self.progress.say(line)
+        if self.starts is None:
+            step = self._fit()
+        else:
+            place_starts(self.setup, self.starts)
+            step = self.starts.records[0].step
+            self.progress.say(f"Warm starts of {self.config.train.starts_from}\n")
+        writer = MemberWriter(
+            self.folder.root, self.peft_config, 1, subfolder="map", name="chain_{:d}", first=0
+        )
+        self._store(writer, draw=0, step=step)
+        if self.config.train.starts == "shared":
+            setup = self.setup
+            noise = setup.streams.noise
+            spread_start(setup.model, setup.objective, self.config.train.jitter, noise)
+
+    def _resolve_prior(self) -> None:
+        """``prior.std: auto``: search, or what the run whose starts are taken had found."""
+        config, setup = self.config, self.setup
+        if config.prior.std != "auto":
+            return
+        if self.starts is not None:
+            setup.prior = Prior(**self.starts.provenance.sampler["prior"])
+            return
+        self.progress.say("Searching prior.std on data held out of train...")
+        batches = -(-len(setup.train) // config.data.batch_size)
+        self.logger.begin("prior", max(1, config.train.epochs) * batches)
+        found = self.prior_search = search_prior(setup, self.logger.step)
+        self.progress.end()
+        for line in search_lines(found):
+            self.progress.say(line)
+        setup.prior = Prior(found["std"], config.prior.head_std or found["std"])
+
+    def _fit(self) -> int:
+        """Fit all chains; the steps it took."""
         config, setup = self.config, self.setup
         shared = config.train.starts == "shared"
         self._say_initial()
@@ -134,49 +182,37 @@ class Run:
         warm.run(self.logger.step, self._say_epoch)
         self.progress.end()
         self.state.warm = None
-        writer = MemberWriter(
-            self.folder.root, self.peft_config, 1, subfolder="map", name="chain_{:d}", first=0
-        )
-        self._store(writer, draw=0, step=warm.step)
-        if shared:
-            noise = setup.streams.noise
-            spread_start(setup.model, setup.objective, config.train.jitter, noise)
+        return warm.step
 
     def sample(self) -> None:
-        """Burn-in and collection."""
-        config = self.config
-        chains = self.state.chains = self._chains()
+        """Account, burn-in and collection."""
+        config, say = self.config, self.progress.say
+        say(f"\nSampling with {config.sampler.name}...")
+        if idle := idle_keys(config.sampler):
+            keys = ", ".join(f"sampler.{key}" for key in idle)
+            say(f"Without effect on {config.sampler.name}: {keys}")
+        if config.sampler.variance_reduction:
+            say(
+                f"Control variate: one pass over {len(self.setup.train)} examples a chain now, "
+                "then one more gradient a step"
+            )
+        chains = self.state.chains = make_chains(self.setup)
+        say(f"Target: {chains.sampler.exactness}; law on a quadratic: {chains.sampler.law}")
+        if (word := tempering(config.sampler.temperature)) != "posterior":
+            say(f"Temperature {config.sampler.temperature:g}: a {word} posterior")
+        self.account = open_account(self.setup, chains)
+        for line in account_lines(self.account, config.sampler.bias):
+            say(line)
         self.folder.write_starts(chains.traces.measure())
-        self.progress.say(f"\nSampling with {config.sampler.name}...")
-        self.progress.say(f"Burn-in phase: {chains.burn_in.steps} steps")
+        say(f"Burn-in phase: {chains.burn_in.steps} steps")
         self.logger.begin("burn_in", chains.burn_in.steps)
         chains.run_burn_in(self.logger.step)
-        self.progress.say(
-            f"Collecting {config.sampler.num_samples} samples (thinning: {config.sampler.thin})"
-        )
+        say(f"Collecting {config.sampler.num_samples} samples (thinning: {config.sampler.thin})")
         self.logger.begin("sampling", chains.thinning.steps)
+        self._before_collection = self.setup.objective.evaluations
         chains.collect(self.logger.step, self._keep_draw)
         self.progress.end()
         self.save()
-
-    def _chains(self) -> Chains:
-        config, setup = self.config, self.setup
-        s, batch = config.sampler, config.data.batch_size
-        n = len(setup.train)
-        thinning = Thinning(s.thin, s.num_samples // s.chains)
-        probe, subset = probe_and_subset(
-            setup.raw, setup.tokenizer, config.data.max_length, config.seed
-        )
-        return Chains(
-            setup.objective,
-            make_sampler(config, setup.groups, n, setup.streams),
-            BatchOrder(n, batch, setup.streams.batches),
-            BurnIn(s.burn_in, s.burn_in_step_size or s.step_size, s.step_size),
-            thinning,
-            Traces(setup.objective, setup.groups, probe, subset, config.seed),
-            s.trace_every or max(1, thinning.steps // TRACE_ROWS),
-            BatchOrder(n, batch, setup.streams.heat),
-        )
 
     def _keep_draw(self, draw: int) -> None:
         assert self.state.chains is not None
@@ -214,48 +250,19 @@ class Run:
         self._write_manifest()
 
     def _write_manifest(self) -> None:
-        write_manifest(self.folder.root, self.provenance(), self.writer.records)
-
-    def provenance(self) -> Provenance:
-        """The head of `ensemble.json` as things stand."""
-        config, setup, info = self.config, self.setup, self.setup.model.info
-        chains = self.state.chains
-        model = {
-            "name": config.model.name,
-            "base": info.source.public_id,
-            "fingerprint": self.fingerprint,
-            "num_labels": setup.task.num_labels,
-            "max_length": config.data.max_length,
-            "dtype": config.model.dtype,
-        }
-        task = {
-            "name": setup.task.name,
-            "label_names": list(setup.task.label_names),
-            "likelihood": setup.task.likelihood,
-        }
-        s = config.sampler
-        shared = config.train.starts == "shared"
-        sampler = {
-            "name": s.name,
-            "step_size": s.step_size,
-            "temperature": s.temperature,
-            "tempering": _tempering(s.temperature),
-            "t_eff": None if chains is None else mean_t_eff(chains),
-            "exactness": None if chains is None else chains.sampler.exactness,
-            "chains": s.chains,
-            "starts": "within one mode" if shared else "independent",
-            "num_examples": len(setup.train),
-            "prior": dataclasses.asdict(config.prior),  # type: ignore[call-overload]
-        }
-        spec = dataclasses.asdict(info.spec)
-        return Provenance(model, task, spec, sampler)
+        head = provenance(self.setup, self.state.chains)
+        write_manifest(self.folder.root, head, self.writer.records)
 
     def facts(self) -> dict[str, Any]:
         """For `run.json`: costs, heat, members."""
-        chains = self.state.chains
+        chains, before = self.state.chains, self._before_collection
+        evaluations = self.setup.objective.evaluations
         return {
             **{name: round(value, 2) for name, value in self.seconds.items()},
-            "gradient_evaluations": self.setup.objective.evaluations,
+            "gradient_evaluations": evaluations,
+            "sampling_gradient_evaluations": None if before is None else evaluations - before,
+            "account": None if self.account is None else self.account.facts(),
+            "prior_search": self.prior_search,
             "t_eff": None if chains is None else mean_t_eff(chains),
             "members": len(self.writer.records),
         }
@@ -275,15 +282,3 @@ class Run:
             parts.append(f"accuracy: {float(report.validation_accuracy.mean()):.4f}")
         line = f"Epoch {report.epoch + 1}/{self.config.train.epochs}: {', '.join(parts)}"
         self.progress.say(line)
-
-
-def mean_t_eff(chains: Chains) -> float | None:
-    """T_eff over chains and probes; None before the first probe, or where it overflowed."""
-    value = float(np.mean([t.numpy() for t in chains.t_eff])) if chains.t_eff else math.nan
-    return value if math.isfinite(value) else None
-
-
-def _tempering(temperature: float) -> str:
-    if temperature == 1.0:
-        return "posterior"
-    return "cold" if temperature < 1.0 else "hot"

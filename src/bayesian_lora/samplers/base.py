@@ -1,10 +1,12 @@
-"""What all samplers share: units, the prior's drift, noise per chain, statistics, state.
+"""What all samplers share: units, chains, the prior's drift, noise, statistics, state.
 
-Shapes: M chains, d parameters of one chain.
+Shapes: M chains, d parameters of one chain. A *flat* tensor is (M, d): all parameters of a chain
+in one row, in which every update rule is written.
 Units (the mean-loss scale, so that step sizes compare with SGD's):
     U(θ) = N·L(θ) + ‖θ‖²/(2σ²)     energy; the target is exp(−U/T)
     g    = ∇L_B + θ/(Nσ²)          drift, L_B the minibatch mean negative log-likelihood
     s    = √(2hT/N)                noise standard deviation of one step of size h
+    k                              curvature of U/N
 """
 
 import copy
@@ -16,9 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora.utils.rng import restore_states, save_states
+from bayesian_lora.samplers.flat import Scale, along, check_group, follow, mean, precise, to_device
+from bayesian_lora.utils.rng import normal_like, restore_states, save_states
 
 Closure = Callable[[], Tensor]
+
+
+class Diverged(RuntimeError):
+    """A chain has left the range in which its rule is stable."""
 
 
 class Sampler(torch.optim.Optimizer, ABC):
@@ -29,7 +36,7 @@ class Sampler(torch.optim.Optimizer, ABC):
         step_size: h > 0, kept under the group key ``lr`` so that torch's schedulers work.
         num_examples: N, the training examples whose *mean* loss the closure returns.
         prior_std: σ > 0 of the Gaussian prior; ``math.inf`` for a flat one.
-        temperature: T ≥ 0; 1 is the posterior, 0 is gradient descent.
+        temperature: T ≥ 0; 1 is the posterior, below it "cold", 0 is gradient descent.
         chain_dim: 0 if parameters carry a leading chain dimension M, None if there is one chain.
         generators: one `torch.Generator` for all, or a list of one per chain; None is torch's
             global one.
@@ -38,7 +45,10 @@ class Sampler(torch.optim.Optimizer, ABC):
         ValueError: an argument outside its range, chains that do not agree in number.
     """
 
-    exactness = "unstated"
+    exactness = "exact as h → 0"
+    """What the sampler targets: one of the words of `docs/samplers.md`."""
+    law: str = ""
+    """Its stationary law on a quadratic of curvature k, full batch: the formula of its bias."""
 
     def __init__(
         self,
@@ -50,29 +60,206 @@ class Sampler(torch.optim.Optimizer, ABC):
         temperature: float = 1.0,
         chain_dim: int | None = None,
         generators: torch.Generator | Sequence[torch.Generator] | None = None,
-        **defaults: Any,
     ) -> None:
         if chain_dim not in (None, 0):
             raise ValueError(f"chain_dim={chain_dim}: 0 (leading dimension) or None (one chain)")
-        if num_examples < 1:
+        if not num_examples >= 1:  # also NaN
             raise ValueError(f"num_examples={num_examples}: N, the training set's size, is ≥ 1")
         self.num_examples = num_examples
         self.chain_dim = chain_dim
         self.generators = generators
+        self.memory: dict[str, Any] = {"step": 0}
+        """All that a rule remembers between steps: flat tensors (M, d), values (M,), counters."""
         self.stats: dict[str, Tensor] = {}
-        """Of the last step, each (M,): ``drift_norm``, ``noise_norm``, ``step_size``."""
-        values = {"lr": step_size, "prior_std": prior_std, "temperature": temperature, **defaults}
+        """Of the last step, each (M,): ``drift_norm``, ``noise_norm``, ``step_size``, ``t_eff``
+        (NaN until `watch` is called), and a sampler's own."""
+        values = {"lr": step_size, "prior_std": prior_std, "temperature": temperature}
         super().__init__(params, values)
+
+    # --- the laws, as functions of curvature ------------------------------------------------
+
+    bias_gain = 0.5
+    """α: the variance along curvature k is T/(Nk) · 1/(1 − αhk)."""
+    heat_gain = 1.0
+    """η: minibatch gradient variance v makes T_eff = T + η N h v/2."""
+
+    @property
+    def stability(self) -> float:
+        """The rule is stable while h·k is below this."""
+        return 1.0 / self.bias_gain
+
+    def variance_factor(self, h: float, k: float) -> float:
+        """Derived variance along curvature k, over the target's T/(Nk)."""
+        return 1.0 / (1.0 - self.bias_gain * h * k)
+
+    def relaxation_steps(self, h: float, k: float) -> float:
+        """Steps in which a deviation along curvature k falls to 1/e."""
+        return 1.0 / (h * k)
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
+        """One step of every chain.
+
+        Args:
+            closure: zeroes gradients, computes the mean NLL per chain, (M,) or a scalar for one
+                chain, calls ``.sum().backward()`` and returns it detached. Called once for each
+                gradient the rule needs, always for the same batch.
+
+        Returns:
+            The closure's value at the parameters before the step.
+        """
+        loss = self.gradient(closure)
+        with torch.no_grad():
+            g = self.drift()
+            h = self.per_coordinate(lambda group: group["lr"])
+            self.stats = {"drift_norm": torch.linalg.vector_norm(g, dim=1)}
+            self.stats["step_size"] = torch.full_like(self.stats["drift_norm"], mean(h))
+            self.update(g, h)
+            self.stats["t_eff"] = self._follow(g, h)
+            self.memory["step"] += 1
+        return loss
+
+    @abstractmethod
+    def update(self, g: Tensor, h: Scale) -> None:
+        """The rule: move θ by `shift` and `add_noise`, given the drift g (M, d)."""
+
+    def gradient(self, closure: Closure) -> Tensor:
+        """Leave the rule's gradient in ``.grad``; the closure's value at θ."""
+        with torch.enable_grad():
+            return closure()
+
+    def drift(self, prior: bool = True) -> Tensor:
+        """g = ∇L_B + θ/(Nσ²), flat (M, d), of the parameters that have a gradient.
+
+        Args:
+            prior: whether θ/(Nσ²) is added.
+
+        Raises:
+            ValueError: none has one.
+        """
+        flat = []
+        self._parts: list[tuple[dict[str, Any], int]] = []
+        self.present: list[Tensor] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            if prior and params and math.isfinite(group["prior_std"]):
+                precision = 1.0 / (self.num_examples * group["prior_std"] ** 2)
+                grads = torch._foreach_add(grads, params, alpha=precision)  # type: ignore
+            flat += [g.reshape(self.num_chains, -1) for g in grads]
+            self.present += params
+            self._parts.append((group, sum(p.numel() for p in params) // self.num_chains))
+        if not flat:
+            raise ValueError("no parameter has a gradient: the closure must call .backward()")
+        return precise(torch.cat(flat, dim=1))
+
+    def shift(self, x: Tensor, scale: Scale = 1.0) -> None:
+        """θ ← θ + scale·x for a flat x (M, d)."""
+        if isinstance(scale, Tensor):
+            x, scale = x * scale, 1.0
+        sizes = [p.numel() // self.num_chains for p in self.present]
+        pieces = [
+            piece.reshape(p.shape).to(p.dtype)
+            for piece, p in zip(x.split(sizes, dim=1), self.present, strict=True)
+        ]
+        torch._foreach_add_(self.present, pieces, alpha=scale)  # type: ignore
+
+    def normal(self, like: Tensor) -> Tensor:
+        """z ~ N(0, I), flat (M, d); zeros, without a draw, where every temperature is 0."""
+        if all(group["temperature"] == 0 for group, _ in self._parts):
+            return torch.zeros_like(like)
+        return normal_like(like, self.generators)
+
+    def add_noise(self, noise: Tensor) -> None:
+        """θ ← θ + noise, flat (M, d), and keep its norm."""
+        self.shift(noise)
+        self.stats["noise_norm"] = torch.linalg.vector_norm(noise, dim=1)
+
+    def noise_std(self, h: Scale) -> Scale:
+        """s = √(2hT/N)."""
+        return (2.0 * h * self.temperature / self.num_examples) ** 0.5
+
+    @property
+    def temperature(self) -> Scale:
+        return self.per_coordinate(lambda group: group["temperature"])
+
+    def mean_temperature(self) -> float:
+        """T, averaged over coordinates where groups differ."""
+        return mean(self.temperature)
+
+    def per_coordinate(self, value: Callable[[dict[str, Any]], float]) -> Scale:
+        """A group's value for each of its coordinates: one number if the groups agree."""
+        values = [(float(value(group)), size) for group, size in self._parts if size]
+        if len({v for v, _ in values}) == 1:
+            return values[0][0]
+        like = precise(self.present[0][:0])
+        return torch.cat([like.new_full((size,), v) for v, size in values])
+
+    def buffer(self, name: str, like: Tensor) -> Tensor:
+        """The flat tensor a rule remembers under a name; zeros at first.
+
+        Raises:
+            ValueError: other parameters have gradients now than before.
+        """
+        kept = self.memory.setdefault(name, torch.zeros_like(like))
+        if kept.shape != like.shape:
+            raise ValueError(
+                f"parameters with gradients changed between steps: {tuple(kept.shape)} values "
+                f"before, {tuple(like.shape)} now; make a new sampler for the new set"
+            )
+        return kept
+
+    # --- minibatch heat ---------------------------------------------------------------------
+
+    def watch(self, direction: Tensor) -> None:
+        """Follow the minibatch noise along unit vectors (M, d); ``stats["t_eff"]`` is its mean.
+
+        Costs one dot product a step, no gradient and no random number.
+        """
+        self.memory["watched"] = direction.clone()
+        self.memory["watch"] = {"steps": 0, "last": None, "sum": None}
+
+    def _follow(self, g: Tensor, h: Scale) -> Tensor:
+        watch = self.memory.get("watch")
+        if watch is None:
+            return torch.full_like(self.stats["drift_norm"], math.nan)
+        w = self.memory["watched"]
+        variance = follow(watch, (w * self.whitened(g)).sum(1).double())
+        if variance is None:
+            return torch.full_like(self.stats["drift_norm"], math.nan)
+        t, h = along(self.temperature, w), along(h, w)
+        watch["t_eff"] = self.effective_temperature(t, h, variance)
+        return watch["t_eff"]
+
+    @property
+    def t_eff(self) -> Tensor | None:
+        """T_eff (M,) along the watched direction since `watch`; None before its second step."""
+        return self.memory.get("watch", {}).get("t_eff")
+
+    def effective_temperature(self, t: Scale, h: Scale, variance: Tensor) -> Tensor:
+        """T_eff (M,) from the variance (M,) of the (whitened) minibatch gradient: T + ηNhv/2."""
+        return t + 0.5 * self.heat_gain * self.num_examples * h * variance
+
+    def whitened(self, g: Tensor) -> Tensor:
+        """The drift in coordinates in which the rule's noise is isotropic."""
+        return g
+
+    def metric(self, like: Tensor) -> Tensor | None:
+        """G (M, d) of a preconditioned rule; curvatures are then those of √G K √G."""
+        return None
+
+    # --- groups and state -------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, with the checks of the constructor."""
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
-        self.num_chains = self._count_chains()
-
-    @abstractmethod
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
-        """Move every chain; the closure's value. Every sampler has its own."""
+        try:
+            self.num_chains = self._count_chains()
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def _count_chains(self) -> int:
         sizes = {
@@ -87,77 +274,24 @@ class Sampler(torch.optim.Optimizer, ABC):
             raise ValueError(f"{len(self.generators)} generators for {chains} chains: one for each")
         return chains
 
-    def drift(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters with a gradient, and g = ∇L_B + θ/(Nσ²) of each."""
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params if p.grad is not None]
-        if not params or math.isinf(group["prior_std"]):
-            return params, grads
-        precision = 1.0 / (self.num_examples * group["prior_std"] ** 2)
-        return params, list(torch._foreach_add(grads, params, alpha=precision))  # type: ignore
-
-    def add_noise(self, params: list[Tensor], std: float) -> None:
-        """params ← params + std·z, z ~ N(0, I): one flat draw per chain, none if std is 0."""
-        if std == 0:
-            return
-        device, dtype = params[0].device, params[0].dtype
-        sizes = [p.numel() // self.num_chains for p in params]
-        flat = torch.empty(self.num_chains, sum(sizes), device=device, dtype=dtype)
-        if isinstance(self.generators, Sequence):
-            for row, generator in zip(flat, self.generators, strict=True):
-                row.normal_(generator=generator)
-        else:
-            flat.normal_(generator=self.generators)
-        parts = flat.split(sizes, dim=1)
-        z = [part.reshape(p.shape).to(p.dtype) for part, p in zip(parts, params, strict=True)]
-        torch._foreach_add_(params, z, alpha=std)  # type: ignore
-        self._accumulate("noise_norm", std * torch.linalg.vector_norm(flat, dim=1))
-
-    def record(self, step_size: float, drift: Sequence[Tensor]) -> None:
-        """Keep this group's share of the step's statistics."""
-        flat = torch.cat([g.reshape(self.num_chains, -1) for g in drift], dim=1)
-        norm = torch.linalg.vector_norm(flat, dim=1)
-        self._accumulate("drift_norm", norm)
-        self._accumulate("noise_norm", torch.zeros_like(norm))  # at T = 0 nothing else sets it
-        self.stats["step_size"] = torch.full((self.num_chains,), step_size)
-
-    def _accumulate(self, name: str, norm: Tensor) -> None:
-        """Norms of several groups add in squares."""
-        self.stats[name] = torch.hypot(self.stats.get(name, torch.zeros_like(norm)), norm)
-
     def state_dict(self) -> dict[str, Any]:
-        """torch's state dict and the generators' states under ``generators``."""
-        return {**super().state_dict(), "generators": save_states(self._generator_list())}
+        """torch's state dict, what the rule remembers, and the generators' states."""
+        return {
+            **super().state_dict(),
+            "memory": copy.deepcopy(self.memory),
+            "generators": save_states(self._generator_list()),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore without casting: float64 state of float32 parameters stays float64."""
+        """Restore without casting: float64 memory of float32 parameters stays float64."""
         given = copy.copy(state_dict)
-        states = given.pop("generators")
-        kept = copy.deepcopy(given["state"])
-        super().load_state_dict({**given, "state": {}})
-        params = [p for group in self.param_groups for p in group["params"]]
-        for index, values in kept.items():
-            self.state[params[index]] = {
-                key: v.to(params[index].device) if isinstance(v, Tensor) else v
-                for key, v in values.items()
-            }
+        states, memory = given.pop("generators"), given.pop("memory")
         restore_states(self._generator_list(), states)
+        super().load_state_dict(given)
+        device = self.param_groups[0]["params"][0].device
+        self.memory = to_device(copy.deepcopy(memory), device)
 
     def _generator_list(self) -> list[torch.Generator]:
         if self.generators is None:
             return []
         return list(self.generators) if isinstance(self.generators, Sequence) else [self.generators]
-
-
-def noise_std(step_size: float, temperature: float, num_examples: int) -> float:
-    """s = √(2hT/N)."""
-    return math.sqrt(2.0 * step_size * temperature / num_examples)
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    if not (group["lr"] > 0 and math.isfinite(group["lr"])):
-        raise ValueError(f"step_size={group['lr']}: must be finite and > 0")
-    if not group["prior_std"] > 0:
-        raise ValueError(f"prior_std={group['prior_std']}: must be > 0 (math.inf: flat prior)")
-    if not (group["temperature"] >= 0 and math.isfinite(group["temperature"])):
-        raise ValueError(f"temperature={group['temperature']}: must be finite and ≥ 0")

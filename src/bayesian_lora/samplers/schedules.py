@@ -1,6 +1,10 @@
 """When a chain moves how far, and which of its draws are kept."""
 
+import math
 from dataclasses import dataclass
+
+CYCLE_STEPS = 1000
+EXPLORE_FRACTION = 0.5
 
 
 @dataclass(frozen=True)
@@ -42,3 +46,58 @@ def warmup_linear_decay(step: int, *, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return max(0.0, (total - step) / max(1, total - warmup))
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """A cosine cycle of `steps` steps, the first `explore_fraction` of them without noise."""
+
+    steps: int
+    explore_fraction: float
+
+    @property
+    def explore_steps(self) -> int:
+        return math.ceil(round(self.explore_fraction * self.steps, 6))  # .55·100 is 55.00…01
+
+    @property
+    def sampling_steps(self) -> int:
+        return self.steps - self.explore_steps
+
+    def factor(self, t: int) -> float:
+        """h_t/h₀ = (cos(π·mod(t, C)/C) + 1)/2."""
+        return 0.5 * (math.cos(math.pi * (t % self.steps) / self.steps) + 1)
+
+    def sampling(self, t: int) -> bool:
+        """Whether step t (0-based) has noise."""
+        return t % self.steps >= self.explore_steps
+
+
+@dataclass(frozen=True)
+class CycleThinning:
+    """In each cycle's sampling share every `thin`-th step is kept, counted back from its end."""
+
+    cycle: Cycle
+    thin: int
+    draws: int
+
+    def __post_init__(self) -> None:
+        if self.thin > self.cycle.sampling_steps:
+            raise ValueError(f"thin={self.thin} exceeds {self.cycle.sampling_steps} sampling steps")
+
+    @property
+    def per_cycle(self) -> int:
+        return self.cycle.sampling_steps // self.thin
+
+    @property
+    def steps(self) -> int:
+        """Whole cycles."""
+        return -(-self.draws // self.per_cycle) * self.cycle.steps
+
+    def draw_after(self, step: int) -> int | None:
+        """The draw (0-based) completed by `step` finished sampling steps, if any."""
+        number, place = divmod(step - 1, self.cycle.steps)
+        left, over = divmod(self.cycle.steps - 1 - place, self.thin)
+        if step < 1 or over or left >= self.per_cycle:
+            return None
+        draw = number * self.per_cycle + self.per_cycle - 1 - left
+        return draw if draw < self.draws else None

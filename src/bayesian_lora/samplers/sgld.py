@@ -1,9 +1,9 @@
 """Stochastic gradient Langevin dynamics (Welling & Teh 2011)."""
 
-import torch
 from torch import Tensor
 
-from bayesian_lora.samplers.base import Closure, Sampler, noise_std
+from bayesian_lora.samplers.base import Sampler
+from bayesian_lora.samplers.flat import Scale
 
 
 class SGLD(Sampler):
@@ -17,27 +17,8 @@ class SGLD(Sampler):
     Arguments and errors: `bayesian_lora.samplers.base.Sampler`.
     """
 
-    exactness = "exact as h → 0"
+    law = "Var = T/(Nk) · 1/(1 − hk/2)"
 
-    def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
-        """One step of every chain.
-
-        Args:
-            closure: zeroes gradients, computes the mean NLL per chain, (M,) or a scalar for one
-                chain, calls ``.sum().backward()`` and returns it detached. Called once.
-
-        Returns:
-            The closure's value.
-        """
-        with torch.enable_grad():
-            loss = closure()
-        with torch.no_grad():
-            self.stats = {}
-            for group in self.param_groups:
-                params, drift = self.drift(group)
-                if params:
-                    h = group["lr"]
-                    torch._foreach_add_(params, drift, alpha=-h)  # type: ignore
-                    self.add_noise(params, noise_std(h, group["temperature"], self.num_examples))
-                    self.record(h, drift)
-        return loss
+    def update(self, g: Tensor, h: Scale) -> None:
+        self.shift(g, -h)
+        self.add_noise(self.noise_std(h) * self.normal(g))

@@ -29,6 +29,18 @@ def chain_generators(
     ]
 
 
+def normal_like(
+    flat: Tensor, generators: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    """z ~ N(0, I), (M, d): one row from each chain's generator, or all from one."""
+    z = torch.empty_like(flat)
+    if not isinstance(generators, Sequence):
+        return z.normal_(generator=generators)
+    for row, generator in zip(z, generators, strict=True):
+        row.normal_(generator=generator)
+    return z
+
+
 def save_states(generators: Sequence[torch.Generator]) -> list[Tensor]:
     """The generators' states, byte tensors on the CPU."""
     return [generator.get_state().clone() for generator in generators]

@@ -1,0 +1,62 @@
+"""The head of `ensemble.json`: what the members belong to and how they came about."""
+
+import dataclasses
+from typing import Any
+
+from bayesian_lora.config import SAMPLERS
+from bayesian_lora.ensemble import Provenance
+from bayesian_lora.experiment.setup import Setup
+from bayesian_lora.sampling import Chains
+
+
+def provenance(setup: Setup, chains: Chains | None) -> Provenance:
+    """As things stand; `chains` is None before sampling."""
+    config, info = setup.config, setup.model.info
+    model = {
+        "name": config.model.name,
+        "base": info.source.public_id,
+        "fingerprint": setup.fingerprint,
+        "num_labels": setup.task.num_labels,
+        "max_length": config.data.max_length,
+        "dtype": config.model.dtype,
+    }
+    task = {
+        "name": setup.task.name,
+        "label_names": list(setup.task.label_names),
+        "likelihood": setup.task.likelihood,
+    }
+    return Provenance(model, task, dataclasses.asdict(info.spec), _sampler(setup, chains))
+
+
+def _sampler(setup: Setup, chains: Chains | None) -> dict[str, Any]:
+    s = setup.config.sampler
+    shared = setup.config.train.starts == "shared"
+    given = {key: getattr(s, key) for key in SAMPLERS[s.name]}
+    return {
+        "name": s.name,
+        "step_size": s.step_size if chains is None else chains.burn_in.end,
+        **{key: value for key, value in given.items() if value is not None},
+        "temperature": s.temperature,
+        "tempering": tempering(s.temperature),
+        "t_eff": None if chains is None else mean_t_eff(chains),
+        "exactness": None if chains is None else chains.sampler.exactness,
+        "law": None if chains is None else chains.sampler.law,
+        "variance_reduction": s.variance_reduction,
+        "chains": s.chains,
+        "starts": "within one mode" if shared else "independent",
+        "num_examples": len(setup.train),
+        "prior": dataclasses.asdict(setup.prior),
+    }
+
+
+def mean_t_eff(chains: Chains) -> float | None:
+    """T_eff over chains; None before the phase's second step, or where it overflowed."""
+    t_eff = chains.sampler.t_eff
+    return None if t_eff is None or not bool(t_eff.isfinite().all()) else float(t_eff.mean())
+
+
+def tempering(temperature: float) -> str:
+    """The word for a temperature: posterior, cold or hot."""
+    if temperature == 1.0:
+        return "posterior"
+    return "cold" if temperature < 1.0 else "hot"
