@@ -77,7 +77,7 @@ def test_curvatures_are_those_of_the_preconditioned_hessian():
         sampler.step(closure)
         G = sampler.metric(theta)
         assert G is not None
-        torch.testing.assert_close(G, 1 / (1e-5 + K))  # |g| = k at θ = 1, so that GK ≈ 1
+        torch.testing.assert_close(G, 1 / (sampler.lambd + K))  # |g| = k at θ = 1, so that GK ≈ 1
         sampler.param_groups[0]["lr"] = share * sampler.stability / float((G * K).max())
         for _ in range(1000):
             sampler.step(closure)

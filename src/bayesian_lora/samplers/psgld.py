@@ -21,7 +21,8 @@ class PSGLD(Sampler):
 
     Args:
         beta2: β in [0, 1), memory of the squared gradient.
-        lambd: λ > 0, so that 1/λ bounds G.
+        lambd: λ > 0, so that 1/λ bounds G. It should not be far below the gradients of the mean
+            loss, or coordinates that the data leave free become the stiffest of all.
         burn_in: steps after which V is frozen, ≥ 1.
         others, errors: `bayesian_lora.samplers.base.Sampler`.
     """
@@ -35,7 +36,7 @@ class PSGLD(Sampler):
         step_size: float,
         num_examples: int,
         beta2: float = 0.99,
-        lambd: float = 1e-5,
+        lambd: float = 1e-3,
         burn_in: int = 1000,
         **common: Any,
     ) -> None:
