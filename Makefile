@@ -14,7 +14,7 @@ LOCAL := mrpc-minilm-sgld sst2-minilm-sgld
 EXPERIMENTS := sst2-bert-sgld sst2-roberta-sam-sgld mrpc-distilbert-asgld imdb-bert-sam-sgld-r1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint clean experiments-all eval-all \
+.PHONY: help setup demo verify compare-sst2-bert compare-mrpc-minilm test test-all lint clean experiments-all eval-all \
 	$(addprefix experiment-,$(EXPERIMENTS)) $(addprefix eval-,$(EXPERIMENTS)) $(addprefix experiment-,$(LOCAL)) $(addprefix eval-,$(LOCAL))
 
 help: ## list the targets
@@ -79,6 +79,15 @@ eval-mrpc-minilm-sgld: setup ## evaluate that experiment's ensemble
 
 eval-sst2-minilm-sgld: setup ## evaluate that experiment's ensemble
 	$(call EVAL,experiment_sst2_minilm_sgld)
+
+verify: setup ## measure every sampler against the law it claims (about a minute)
+	$(BIN)/bayesian-lora verify $(ARGS)
+
+compare-sst2-bert: setup ## the four seed samplers on SST-2 from one warm start, one table
+	$(BIN)/bayesian-lora compare configs/experiment_comparison_sst2_bert.yaml $(ARGS)
+
+compare-mrpc-minilm: setup ## all eight samplers on MRPC, packaged encoder (local data, no hub)
+	$(BIN)/bayesian-lora compare configs/experiment_comparison_mrpc_minilm.yaml $(ARGS)
 
 experiments-all: $(addprefix experiment-,$(EXPERIMENTS)) ## all four experiments (make -k goes on after a failure)
 

@@ -63,6 +63,8 @@ class Trainer:
             "task": "synthetic",
             "split": "validation",
             "n": 600,
+            "temperature": 1.0,
+            "tempering": "posterior",
             "map": spread,
             "map_ensemble": {"nll": 0.65},
             "single": spread,

@@ -19,6 +19,8 @@ def metrics(nll: float = 0.5, **changes: Any) -> dict[str, Any]:
         "task": "synthetic",
         "split": "validation",
         "n": 600,
+        "temperature": 1.0,
+        "tempering": "posterior",
         "map": spread,
         "map_ensemble": {"nll": 0.55, "accuracy": 0.7},
         "single": {name: {"mean": 0.65, "sd": 0.1} for name in spread},
@@ -129,6 +131,7 @@ def test_the_csv_has_every_digit_and_empty_fields() -> None:
         ({"split": "test"}, "split"),
         ({"task": "rte"}, "task"),
         ({"ensemble": {"k": 8}}, "number of samples"),
+        ({"temperature": 2.0, "tempering": "hot"}, "the temperature"),
     ],
 )
 def test_what_is_not_alike_is_said(changes: dict[str, Any], title: str) -> None:
@@ -145,3 +148,9 @@ def test_failures_and_shared_warm_starts_are_said() -> None:
     assert first.startswith("Warm starts of a were taken by b: ")
     assert second == "c failed: unstable"
     assert comparison_table.notes([failed("c")]) == ["c failed: unstable"]
+
+
+def test_a_cold_posterior_is_labelled() -> None:
+    found = notes([entry("sgld", temperature=0.5, tempering="cold")])
+    assert found == ["Note: sgld is a cold posterior (cold, T = 0.5)"]
+    assert notes([entry("sgld")]) == []

@@ -16,6 +16,7 @@ ALIKE = {
     "split": "the split",
     "n": "the number of examples evaluated on",
     "k": "the number of samples",
+    "tempering": "the temperature",
 }
 
 
@@ -33,6 +34,7 @@ def figures_of(metrics: Figures, run: Figures) -> Figures:
         "split": metrics["split"],
         "n": metrics["n"],
         "k": metrics["ensemble"]["k"],
+        "tempering": f"{metrics['tempering']}, T = {metrics['temperature']:g}",
         "metrics": {**rows, "diagnostics": {name: diagnostics[name] for name in DIAGNOSTICS}},
         "gradient_evaluations": cost["gradient_evaluations"],
         "sampling_gradient_evaluations": evaluations,
@@ -107,6 +109,9 @@ def notes(entries: Sequence[Figures]) -> list[str]:
         if len(set(values.values())) > 1:
             each = ", ".join(f"{value} ({cell})" for cell, value in values.items())
             found.append(f"Note: cells differ in {title}, so compare with care: {each}")
+    for entry in done:
+        if entry["tempering"].startswith("cold"):
+            found.append(f"Note: {entry['name']} is a cold posterior ({entry['tempering']})")
     for name in dict.fromkeys(e["warm_start"] for e in done):
         if others := [e["name"] for e in done if e["warm_start"] == name != e["name"]]:
             found.append(

@@ -92,6 +92,7 @@ def evaluate_run(
         "own_metrics": list(task.metrics),
         "sample_range": _sample_range(full, chosen),
         "temperature": full.provenance.sampler["temperature"],
+        "tempering": full.provenance.sampler["tempering"],
     }
     if len(chosen) == len(full):
         folder = RunFolder(root)
@@ -189,6 +190,8 @@ def _arrays(p: Predictions) -> dict[str, np.ndarray]:
 def _lines(figures: Figures, full: Ensemble) -> list[str]:
     sampler = full.provenance.sampler
     notes = [f"Sampler: {sampler['name']} ({sampler['exactness']}), starts: {sampler['starts']}"]
+    if sampler.get("law"):
+        notes.append(f"Law on a quadratic: {sampler['law']}")
     if sampler["tempering"] != "posterior":
         notes.append(f"Temperature {sampler['temperature']:g}: a {sampler['tempering']} posterior")
     lines = summary.evaluation_lines(figures)

@@ -69,7 +69,8 @@ class StepLogger:
         if report.accuracy is not None:
             parts.append(f"acc {float(report.accuracy.mean()):.3f}")
         if report.phase != "map":
-            parts.append(f"T {self.temperature:g}")
+            cold = " (cold)" if self.temperature < 1 else ""
+            parts.append(f"T {self.temperature:g}{cold}")
         if report.t_eff is not None:
             parts.append(f"T_eff {float(report.t_eff.mean()):.3g}")
         return " | ".join([*parts, f"{self._rate:.0f} examples/s"])
