@@ -76,6 +76,13 @@ def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
             f"{error} in {run.logger.place()}: stopped, {len(run.writer.records)} samples kept in "
             f"{folder.root}; lower sampler.step_size or train.lr"
         ) from error
+    except InputError as error:
+        run.save()
+        folder.finish("stopped", reason=str(error), **run.facts())
+        raise InputError(
+            f"{error} (the warm starts are kept: train.starts_from={folder.root} "
+            "output.dir=<new folder> spares fitting them again)"
+        ) from error
     except BaseException as error:
         run.save()
         reason = f"{type(error).__name__} in {run.logger.place()}"
@@ -144,6 +151,9 @@ class Run:
             return
         if self.starts is not None:
             setup.prior = Prior(**self.starts.provenance.sampler["prior"])
+            self.progress.say(
+                f"prior.std={setup.prior.std:g}, that of {config.train.starts_from} (no search)"
+            )
             return
         self.progress.say("Searching prior.std on data held out of train...")
         batches = -(-len(setup.train) // config.data.batch_size)
@@ -201,7 +211,9 @@ class Run:
         if (word := tempering(config.sampler.temperature)) != "posterior":
             say(f"Temperature {config.sampler.temperature:g}: a {word} posterior")
         self.account = open_account(self.setup, chains)
-        for line in account_lines(self.account, config.sampler.bias):
+        for line in account_lines(
+            self.account, config.sampler.bias, not config.sampler.variance_reduction
+        ):
             say(line)
         self.folder.write_starts(chains.traces.measure())
         say(f"Burn-in phase: {chains.burn_in.steps} steps")
