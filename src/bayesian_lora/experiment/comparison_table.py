@@ -126,8 +126,8 @@ def notes(entries: Sequence[Figures]) -> list[str]:
             found.append(f"Note: {entry['name']} is a cold posterior ({entry['tempering']})")
     if any(e["metrics"]["diagnostics"]["verdict"] == "not mixed" for e in done):
         found.append(
-            "Note: of chains that are not mixed the ESS counts little more than the chains; it is no "
-            "rate at which draws become independent"
+            "Note: of chains that are not mixed the ESS counts little more than the chains; it is "
+            "no rate at which draws become independent"
         )
     for name in dict.fromkeys(e["warm_start"] for e in done):
         if others := [e["name"] for e in done if e["warm_start"] == name != e["name"]]:
