@@ -21,6 +21,7 @@ def metrics(nll: float = 0.5, **changes: Any) -> dict[str, Any]:
         "n": 600,
         "temperature": 1.0,
         "tempering": "posterior",
+        "sampler": {"name": "sgld", "step_size": 2.5e-5, "exactness": "exact as h → 0"},
         "map": spread,
         "map_ensemble": {"nll": 0.55, "accuracy": 0.7},
         "single": {name: {"mean": 0.65, "sd": 0.1} for name in spread},
@@ -135,7 +136,7 @@ def test_the_csv_has_every_digit_and_empty_fields() -> None:
         ({"split": "test"}, "split"),
         ({"task": "rte"}, "task"),
         ({"ensemble": {"k": 8}}, "number of samples"),
-        ({"temperature": 2.0, "tempering": "hot"}, "the temperature"),
+        ({"temperature": 2.0, "tempering": "hot"}, "temperature"),
     ],
 )
 def test_what_is_not_alike_is_said(changes: dict[str, Any], title: str) -> None:
