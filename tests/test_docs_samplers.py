@@ -19,6 +19,7 @@ from bayesian_lora.config import SAMPLERS, SamplerConfig
 from bayesian_lora.samplers import ASGLD, CSGLD, PSGLD, SAMSGLD, SGHMC, SGLD, SGNHT, SAMSGLDRank1
 from bayesian_lora.samplers.base import Diverged, Sampler
 from bayesian_lora.samplers.flat import Scale
+from bayesian_lora.verification.mutations import mutations
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "samplers.md").read_text(encoding="utf-8")
@@ -205,11 +206,6 @@ def test_a_point_of_every_line(figure: ModuleType) -> None:
     assert off == []
 
 
-class HalfTheNoise(SGLD):
-    def noise_std(self, h: Scale) -> Scale:
-        return math.sqrt(0.5) * super().noise_std(h)
-
-
 class NDropped(SGHMC):
     def noise_std(self, h: Scale) -> Scale:
         return math.sqrt(self.num_examples) * super().noise_std(h)
@@ -226,7 +222,7 @@ class PlainDrift(PSGLD):
 @pytest.mark.parametrize(
     ("title", "rule"),
     [
-        ("sgld", HalfTheNoise),
+        ("sgld", mutations(SGLD)["noise × √½"]),
         ("sghmc, euler", NDropped),
         ("psgld (x is h·G·k, G = 2)", PlainDrift),
     ],

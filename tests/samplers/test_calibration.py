@@ -17,6 +17,7 @@ from bayesian_lora.samplers import ASGLD, CSGLD, PSGLD, SGHMC, SGLD, SGNHT
 from bayesian_lora.samplers import SAMSGLDRank1 as Rank1
 from bayesian_lora.samplers.base import Closure, Sampler
 from bayesian_lora.samplers.flat import Scale
+from bayesian_lora.verification.mutations import mutations
 
 D = 4
 
@@ -78,25 +79,16 @@ def observation_mean(theta: Tensor, n: int, rng: torch.Generator) -> Tensor:
     return theta + torch.randn(theta.shape, generator=rng, dtype=torch.float64) / n**0.5
 
 
-class HalfTheNoise(SGLD):
-    def noise_std(self, h: Scale) -> Scale:
-        return super().noise_std(h) * 0.5**0.5
-
-
-class PriorOnTheMeanLoss(SGLD):
-    def drift(self, prior: bool = True) -> Tensor:
-        return super().drift(prior=False) + self.param_groups[0]["params"][0].detach()
-
-
 class DriftWithoutP(Rank1):
     def update(self, g: Tensor, h: Scale) -> None:
         u = self.direction(g)
         super().update(g - self.c / (1 + self.c) * u * (u * g).sum(1, keepdim=True), h)
 
 
+WRONG = mutations(SGLD)
 BROKEN = {
-    "half_the_noise": Case(HalfTheNoise),
-    "prior_on_the_mean_loss": Case(PriorOnTheMeanLoss),
+    "half_the_noise": Case(WRONG["noise × √½"]),
+    "prior_on_the_mean_loss": Case(WRONG["prior on the mean loss"]),
     "asgld_constant": Case(ASGLD, {"a": 0.5, "anneal": False}),
     "rank1_current": Case(Rank1, {**RANK1, "u_mode": "current"}),
     "rank1_drift_without_p": Case(

@@ -131,7 +131,7 @@ def test_theta_and_value_are_as_before():
 
 
 class Broken(Exception):
-    pass
+    """Raised by a closure."""
 
 
 def test_theta_and_gradients_are_restored_if_the_call_at_the_anchor_raises():

@@ -15,13 +15,13 @@ from bayesian_lora.samplers import ASGLD, CSGLD, PSGLD, SGHMC, SGLD, SGNHT
 from bayesian_lora.samplers import SAMSGLDRank1 as Rank1
 from bayesian_lora.samplers.base import Sampler
 from bayesian_lora.samplers.flat import Scale, unit
+from bayesian_lora.verification.mutations import mutations
 
 from .linear_regression import (
     BATCH,
     CASES,
     CHAINS,
     EYE,
-    PRIOR_STD,
     D,
     N,
     Run,
@@ -64,17 +64,6 @@ def test_langevin_law_is_the_closed_form():
     assert error(k @ s + s @ k - h * k @ s @ k, right) < 1e-6
 
 
-class HalfTheNoise(SGLD):
-    def noise_std(self, h: Scale) -> Scale:
-        return super().noise_std(h) * 0.5**0.5
-
-
-class PriorOnTheMeanLoss(SGLD):
-    def drift(self, prior: bool = True) -> Tensor:
-        g = super().drift(prior=False)
-        return g + self.param_groups[0]["params"][0].detach() / PRIOR_STD**2
-
-
 class DriftWithoutG(PSGLD):
     def update(self, g: Tensor, h: Scale) -> None:
         super().update(g / self.metric(g) * self.metric(g).mean(), h)
@@ -111,9 +100,10 @@ class DriftWithoutP(Rank1):
         super().update(g - self.c / (1 + self.c) * u * (u * g).sum(1, keepdim=True), h)
 
 
+WRONG = mutations(SGLD)
 BROKEN = [
-    ("sgld", HalfTheNoise),
-    ("sgld", PriorOnTheMeanLoss),
+    ("sgld", WRONG["noise × √½"]),
+    ("sgld", WRONG["prior on the mean loss"]),
     ("asgld", partial(ASGLD, anneal=False)),
     ("psgld", DriftWithoutG),
     ("sghmc_euler", NoiseOfBAOAB),

@@ -17,7 +17,7 @@ from torch import Tensor
 from bayesian_lora.samplers import ASGLD, CSGLD, PSGLD, SGHMC, SGLD, SGNHT
 from bayesian_lora.samplers import SAMSGLDRank1 as Rank1
 from bayesian_lora.samplers.base import Sampler
-from bayesian_lora.samplers.flat import Scale
+from bayesian_lora.verification.mutations import mutations
 
 pytestmark = pytest.mark.slow
 
@@ -183,17 +183,6 @@ def test_agrees_with_nuts(name: str, reference: Tensor):
     assert found.small, found
 
 
-class HalfTheNoise(SGLD):
-    def noise_std(self, h: Scale) -> Scale:
-        return super().noise_std(h) * 0.5**0.5
-
-
-class PriorOnTheMeanLoss(SGLD):
-    def drift(self, prior: bool = True) -> Tensor:
-        g = super().drift(prior=False)
-        return g + self.param_groups[0]["params"][0].detach() / PRIOR_STD**2
-
-
 class WithoutPrior(SGLD):
     def drift(self, prior: bool = True) -> Tensor:
         return super().drift(prior=False)
@@ -204,9 +193,10 @@ class ConstantDrift(ASGLD):
         return self.a
 
 
+WRONG = mutations(SGLD)
 BROKEN = {
-    "half_the_noise": Case(HalfTheNoise),
-    "prior_on_the_mean_loss": Case(PriorOnTheMeanLoss),
+    "half_the_noise": Case(WRONG["noise × √½"]),
+    "prior_on_the_mean_loss": Case(WRONG["prior on the mean loss"]),
     "without_prior": Case(WithoutPrior),
     "constant_adaptive_drift": Case(ConstantDrift, {"a": 0.02}),
     "rank1_current": Case(Rank1, {**RANK1, "u_mode": "current"}),

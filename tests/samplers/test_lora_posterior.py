@@ -19,6 +19,7 @@ import torch
 from bayesian_lora.posterior import PriorGroup, energy, negative_log_likelihood
 from bayesian_lora.samplers import SGLD
 from bayesian_lora.utils.lora_params import flatten
+from bayesian_lora.verification.mutations import mutations
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "lora_posterior_against_nuts.py"
 
@@ -139,14 +140,7 @@ def test_every_exact_sampler_is_compared() -> None:
     assert list(bench.SETTINGS) == NAMES
 
 
-class NoiseWithoutN(SGLD):
-    def noise_std(self, h: Any) -> Any:
-        return super().noise_std(h) * math.sqrt(self.num_examples)
-
-
-class HalfTheNoise(SGLD):
-    def noise_std(self, h: Any) -> Any:
-        return super().noise_std(h) * math.sqrt(0.5)
+WRONG = mutations(SGLD)
 
 
 def prior_on_the_mean_loss(groups: list[dict[str, Any]], *, num_examples: int, **rest: Any) -> SGLD:
@@ -157,7 +151,7 @@ def prior_on_the_mean_loss(groups: list[dict[str, Any]], *, num_examples: int, *
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [NoiseWithoutN, HalfTheNoise, prior_on_the_mean_loss])
+@pytest.mark.parametrize("rule", [WRONG["N dropped"], WRONG["noise × √½"], prior_on_the_mean_loss])
 def test_broken_rules_are_rejected(rule: Callable[..., SGLD], problem: Any, nuts: Any) -> None:
     # Its prior is N times as stiff, so it is stable at a smaller step only.
     step_size = bench.H / 10 if rule is prior_on_the_mean_loss else bench.H

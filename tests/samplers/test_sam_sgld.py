@@ -68,7 +68,7 @@ def test_two_calls_of_the_same_batch_and_the_loss_is_that_at_theta(name: str):
 
 
 class Broken(Exception):
-    pass
+    """Raised by a closure."""
 
 
 @pytest.mark.parametrize("fails", [1, 2])
