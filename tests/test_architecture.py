@@ -33,6 +33,9 @@ ROWS: dict[float, tuple[str, ...]] = {
         "config",
     ),
     1: (
+        "models.flat",
+        "models.flat_attention",
+        "models.lora_update",
         "models.chain_lora",
         "models.sources",
         "posterior",

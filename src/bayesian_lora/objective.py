@@ -13,6 +13,10 @@ from bayesian_lora.posterior import LikelihoodName, PriorGroup, negative_log_lik
 from bayesian_lora.predict import predict_logits
 from bayesian_lora.samplers.base import Closure, Diverged
 
+# Tokens of all chains in one pass on the CPU, measured: beyond this, activations outgrow what the
+# allocator keeps at hand.
+TOKENS_PER_PASS_ON_CPU = 4_096
+# Where batches are padded, and under dropout, whose draws must not depend on other chains' tokens.
 MICRO_BATCH_ON_CPU = 8
 
 
@@ -23,8 +27,8 @@ class Objective:
         model: with M chains.
         data: the training set; its size is N.
         likelihood: of the task.
-        micro_batch: examples of a chain in one forward pass; None is 8 on the CPU, where little
-            padding counts, and the whole batch elsewhere.
+        micro_batch: examples of a chain in one forward pass, a bound on memory; None is as many as
+            run fastest on the CPU, and the whole batch elsewhere.
     """
 
     def __init__(
@@ -37,8 +41,7 @@ class Objective:
         self.model = model
         self.data = data
         self.likelihood: LikelihoodName = likelihood
-        on_cpu = model.device.type == "cpu"
-        self.micro_batch = micro_batch or (MICRO_BATCH_ON_CPU if on_cpu else None)
+        self.micro_batch = micro_batch
         self.log_noise: Tensor | None = None
         """(M,) log standard deviations of the Gaussian likelihood, None for the categorical."""
         if likelihood == "gaussian":
@@ -59,7 +62,6 @@ class Objective:
         worth of work a call counts as. `micro_batch`: in the place of the objective's own.
         """
         called = False
-        size = micro_batch or self.micro_batch
 
         def compute() -> Tensor:
             nonlocal called
@@ -68,6 +70,7 @@ class Objective:
                 self.log_noise.grad = None
             total = torch.zeros(rows.shape[0], device=self.model.device)
             correct = torch.zeros_like(total)
+            size = micro_batch or self._pass_size(rows)
             for batch in self.data.micro_batches(rows, size, self.model.device):
                 outputs = self.model(**batch.inputs)
                 noise = None if self.log_noise is None else self.log_noise.exp()
@@ -87,6 +90,15 @@ class Objective:
             return total
 
         return compute
+
+    def _pass_size(self, rows: np.ndarray) -> int | None:
+        """Examples of a chain in one forward pass over rows (M, B); None is all."""
+        if self.micro_batch is not None or self.model.device.type != "cpu":
+            return self.micro_batch
+        if not self.model.flat or self.model.dropping:
+            return MICRO_BATCH_ON_CPU
+        passes = -(-int(self.data.lengths[rows].sum()) // TOKENS_PER_PASS_ON_CPU)
+        return -(-rows.shape[1] // passes)
 
     @property
     def noise_std(self) -> Tensor | None:

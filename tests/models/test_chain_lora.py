@@ -6,6 +6,7 @@ Shapes: M chains, K members, B examples of each chain, L tokens, R rank, C class
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,13 +66,16 @@ def chain_batches(pad: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]
     return own, {name: torch.stack([b[name] for b in together]) for name in together[0]}
 
 
+@pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
 def test_a_chain_among_others_is_the_chain_alone(
-    tiny_models: dict[str, Path], family: str, dropout: float
+    tiny_models: dict[str, Path], family: str, dropout: float, flat: bool
 ) -> None:
     own, together = chain_batches(PAD[family])
     model = build(tiny_models[family], family, 3, dropout)
+    assert model.flat
+    model.flat = flat
     weights = filled((3, 3), 99)
     if dropout:
         model.lora_dropout(chain_generators(5, range(3), "dropout"))
@@ -80,6 +84,7 @@ def test_a_chain_among_others_is_the_chain_alone(
 
     for m in range(3):
         alone = build(tiny_models[family], family, 1, dropout)
+        alone.flat = flat
         alone.load_chains({n: p[m : m + 1].detach() for n, p in model.chain_parameters().items()})
         if dropout:
             alone.lora_dropout(chain_generators(5, [m], "dropout"))
@@ -94,9 +99,6 @@ def test_a_chain_among_others_is_the_chain_alone(
             assert parameter.grad.any()
             torch.testing.assert_close(grad[m], parameter.grad[0], atol=1e-10, rtol=1e-10)
     assert torch.equal(logits[0], logits[1]) == (dropout == 0)
-    if dropout:  # the masks reach as far as each chain's longest text
-        lengths = [layer.dropout.lengths for layer in model.lora_layers().values()]
-        assert lengths == [[max(own) for own in LENGTHS]] * len(lengths)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
@@ -231,26 +233,40 @@ def test_chain_linear_is_its_formula(tokens: tuple[int, ...], bias: bool) -> Non
 
 def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     dropout = ChainDropout(0.25)
-    x = torch.ones(2, 10, 20, 100)
-    assert dropout(x) is x, "it acts only where generators are given"
+    x, rows = torch.ones(500, 100), [200, 300]
+    assert dropout(x, rows) is x, "it acts only where generators are given"
     dropout.generators = chain_generators(0, range(2), "dropout")
-    out = dropout(x)
+    out = dropout(x, rows)
     assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
-    dropped = (out == 0).double().mean((1, 2, 3)).tolist()
-    assert dropped == pytest.approx([0.25, 0.25], abs=0.015)  # 20,000 draws: five standard errors
-    assert (out[0] != out[1]).any()
-    assert (dropout(x) != out).any()
+    for part in out.split(rows):  # 20,000 draws and more: five standard errors
+        assert (part == 0).double().mean().item() == pytest.approx(0.25, abs=0.015)
+    assert (out[:200] != out[200:400]).any()
+    assert (dropout(x, rows) != out).any()
     dropout.p = 0.0
-    assert dropout(x) is x
+    assert dropout(x, rows) is x
 
 
-def test_a_chain_draws_for_its_own_longest_text_only() -> None:
-    x = torch.ones(2, 3, 8, 4)
+@pytest.mark.parametrize("lengths", [[[5, 8, 2], [8, 8, 8]], [[1, 1, 1], [8, 1, 1]]])
+def test_a_chain_draws_for_its_own_tokens_only(lengths: list[list[int]]) -> None:
+    """So padding on the right, which other chains' texts decide on, changes no draw."""
+    x = torch.ones(2 * 3 * 8, 4)
     dropout = ChainDropout(0.5)
-    dropout.generators, dropout.lengths = chain_generators(0, range(2), "dropout"), [5, 8]
-    first = dropout(x)
+    dropout.generators = chain_generators(0, range(2), "dropout")
+    dropout.lengths = np.array(lengths)
+    first = dropout(x, [24, 24])
     alone = ChainDropout(0.5)
     alone.generators = chain_generators(0, [0], "dropout")
-    assert torch.equal(first[:1, :, :5], alone(x[:1, :, :5]))
-    assert not first[0, :, 5:].any()
+    present = torch.arange(8) < torch.tensor(lengths[0])[:, None]
+    assert torch.equal(
+        first[:24][present.flatten()], alone(x[: sum(lengths[0])], [sum(lengths[0])])
+    )
+    assert not first[:24][~present.flatten()].any()
     assert torch.equal(dropout.generators[0].get_state(), alone.generators[0].get_state())
+
+
+def test_dropout_of_a_layer_without_tokens_draws_for_every_row() -> None:
+    dropout = ChainDropout(0.5)
+    dropout.generators = chain_generators(0, range(2), "dropout")
+    dropout.lengths = np.array([[3, 1], [2, 2]])
+    out = dropout(torch.ones(4, 50), [2, 2])
+    assert (out == 2).any(1).all()

@@ -219,9 +219,46 @@ def test_precision(
     out.sum().backward()
     error = (out - exact(**BATCH)).abs().max().item()
     if dtype == "bfloat16":
-        assert 1e-5 < error < 0.1, "autocast must act, and must not change the result much"
+        assert 1e-5 < error < 0.1, "bfloat16 must act, and must not change the result much"
     else:
         assert error < 1e-5
+
+
+def test_bfloat16_stores_the_frozen_layers_once(tiny_models: dict[str, Path]) -> None:
+    """And the fingerprint stays that of the weights as they were."""
+    path = str(tiny_models["roberta"])
+    model = build_huggingface_lora_model(path, 2, target_modules=ALL_ATTENTION, dtype="bfloat16")
+    exact = build_huggingface_lora_model(path, 2, target_modules=ALL_ATTENTION)
+    kinds: dict[torch.dtype, set[str]] = {}
+    for name, tensor in model.base.state_dict().items():
+        kinds.setdefault(tensor.dtype, set()).add(name)
+    assert kinds.keys() == {torch.bfloat16, torch.float32}
+    for name in kinds[torch.bfloat16]:
+        assert ".layer." in name
+        assert "LayerNorm" not in name
+        assert ".lora_" not in name
+        original = exact.base.state_dict()[name]
+        assert torch.equal(model.base.state_dict()[name], original.bfloat16())
+    assert len(kinds[torch.bfloat16]) == 2 * 6 * 2  # weight and bias of six layers, twice
+    assert exact.base.state_dict().keys() == model.base.state_dict().keys()
+    assert model.fingerprint() == exact.fingerprint()
+    model.load_chains(dict(exact.chain_parameters()))
+    model.flat = False
+    padded = model(**BATCH)
+    model.flat = True
+    assert (model(**BATCH) - padded).abs().max() < 0.05
+
+
+def test_bfloat16_of_an_unknown_family_is_autocast(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayesian_lora.models.chain_lora.family_of", lambda _: None)
+    path = str(tiny_models["bert"])
+    model = build_huggingface_lora_model(path, 2, dtype="bfloat16")
+    exact = build_huggingface_lora_model(path, 2)
+    assert {t.dtype for t in model.base.state_dict().values()} == {torch.float32}
+    error = (model(**BATCH) - exact(**BATCH)).abs().max().item()
+    assert 1e-5 < error < 0.1
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from bayesian_lora.errors import InputError
 class Batch:
     """One micro-batch: token ids, mask and types (M, b, L), labels (M, b), rows of the set (M, b).
 
+    The inputs are on the CPU: the model takes to its device what it needs of them.
     `share` is b/B, the part of the whole batch that this one is.
     """
 
@@ -60,16 +61,16 @@ class TokenisedSet:
     def batch(
         self, rows: np.ndarray, device: torch.device | str = "cpu", share: float = 1.0
     ) -> Batch:
-        """Rows (…, b) → tensors (…, b, L), padded on the right to the longest of them."""
+        """Rows (…, b) → inputs (…, b, L), padded on the right; the labels are put on `device`."""
         lengths = self.lengths[rows]
         columns = np.arange(lengths.max())
         mask = columns < lengths[..., None]
         index = np.where(mask, self._starts[rows][..., None] + columns, 0)
         inputs = {
-            name: torch.from_numpy(np.where(mask, flat[index], self._pad[name])).long().to(device)
+            name: torch.from_numpy(np.where(mask, flat[index], self._pad[name])).long()
             for name, flat in self._columns.items()
         }
-        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64)).to(device)
+        inputs["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
         index_tensor = torch.from_numpy(rows)
         return Batch(inputs, self.labels[index_tensor].to(device), index_tensor, share)
 

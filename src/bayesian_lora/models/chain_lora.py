@@ -1,45 +1,65 @@
 """Linear maps with a leading chain dimension over one frozen base.
 
-Shapes: M chains, B examples of each chain, L tokens, R rank, D widths. Activations are (M·B, …, D)
-with the chain index slowest, so that a HuggingFace forward runs unchanged between these modules.
+Shapes: M chains, B examples of each chain, L tokens, R rank, D widths, n rows of all chains.
+Activations are (M·B, …, D) with the chain index slowest, so that a HuggingFace forward runs
+unchanged between these modules; in a flat batch (`models.flat`) they are (1, n, D), the tokens of
+one chain behind those of another.
 """
 
 import inspect
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayesian_lora.models.flat import CURRENT, flat_of
+from bayesian_lora.models.flat_attention import family_of, flat_forward, prepare
+from bayesian_lora.models.lora_update import add_lora
 from bayesian_lora.utils.lora_params import num_chains
 
 
 class ChainDropout(nn.Module):
     """Dropout whose mask for chain m comes from chain m's generator alone.
 
-    It acts only while `generators` are set. A chain's mask covers its own longest sequence, so
-    that what other chains padded the batch to does not change what this chain draws.
+    It acts only while `generators` are set. A chain draws for its own tokens, in their order, so
+    what other chains have beside it does not change what this chain draws.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
         self.generators: Sequence[torch.Generator] | None = None
-        self.lengths: list[int] | None = None
+        self.lengths: np.ndarray | None = None
+        """(M, B) tokens of a padded batch; padding is not drawn for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (M, B, L, D) → the same shape."""
+    def forward(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """x (n, D), `rows[m]` rows of each chain m, chain after chain → the same shape."""
         if self.generators is None or self.p == 0:
             return x
-        chains, batch, length, width = x.shape
-        assert len(self.generators) == chains
+        assert len(self.generators) == len(rows)
         keep = 1.0 - self.p
-        mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        for m, generator in enumerate(self.generators):
-            own = min(length, self.lengths[m]) if self.lengths is not None else length
-            drawn = torch.empty(batch, own, width, dtype=x.dtype, device=x.device)
-            mask[m, :, :own] = drawn.bernoulli_(keep, generator=generator)
-        return x * mask.mul_(1.0 / keep)
+        drawn = torch.empty_like(x)
+        present = self._present(rows)
+        begin = 0
+        for m, (generator, count) in enumerate(zip(self.generators, rows, strict=True)):
+            own = drawn[begin : begin + count]
+            if present is None:
+                own.bernoulli_(keep, generator=generator)
+            else:
+                index = torch.from_numpy(np.flatnonzero(present[m])).to(x.device)
+                values = x.new_empty(len(index), x.shape[1])
+                own.zero_().index_copy_(0, index, values.bernoulli_(keep, generator=generator))
+            begin += count
+        return x * drawn.mul_(1.0 / keep)
+
+    def _present(self, rows: Sequence[int]) -> np.ndarray | None:
+        """Which rows (M, B·L) are tokens; None if every row is (also of a layer without L)."""
+        if self.lengths is None or rows[0] == self.lengths.shape[1]:
+            return None
+        columns = np.arange(rows[0] // self.lengths.shape[1])
+        return (columns < self.lengths[..., None]).reshape(len(rows), -1)
 
 
 class ChainLora(nn.Module):
@@ -70,13 +90,18 @@ class ChainLora(nn.Module):
         self.lora_B.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (M·B, L, D_in) or (M·B, D_in) → the same with D_out."""
-        chains = self.lora_A.shape[0]
-        rows = x.reshape(chains, x.shape[0] // chains, -1, x.shape[-1])
-        rows = self.dropout(rows).flatten(1, 2)
-        update = torch.bmm(torch.bmm(rows, self.lora_A.mT), self.lora_B.mT)
-        out = self.base(x)
-        return torch.add(out, update.reshape(out.shape), alpha=self.scaling)
+        """x (M·B, L, D_in), (M·B, D_in) or flat (1, n, D_in) → the same with D_out."""
+        x = x.to(self.base.weight.dtype)
+        inputs = x.reshape(-1, x.shape[-1])
+        rows = self._rows_per_chain(inputs.shape[0])
+        out = self.base(inputs)
+        low = self.dropout(inputs.to(out.dtype), rows)  # autocast may have lowered the precision
+        out = add_lora(out, low, self.lora_A, self.lora_B, self.scaling, rows)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def _rows_per_chain(self, rows: int) -> list[int]:
+        flat, chains = CURRENT.get(), self.lora_A.shape[0]
+        return [rows // chains] * chains if flat is None else flat.rows_per_chain(rows)
 
 
 class ChainLinear(nn.Module):
@@ -118,6 +143,11 @@ class ChainModel(nn.Module):
         self.base = base
         self.autocast = autocast
         self._takes_types = "token_type_ids" in inspect.signature(base.forward).parameters
+        self.family = family_of(base)
+        self.flat = self.family is not None
+        """Whether batches run without padding; only where the architecture is known."""
+        if self.family is not None:
+            prepare(base, self.family)
         base.eval()
 
     def train(self, mode: bool = True) -> "ChainModel":
@@ -181,21 +211,31 @@ class ChainModel(nn.Module):
             input_ids, attention_mask = input_ids.expand(shape), attention_mask.expand(shape)
             if token_type_ids is not None:
                 token_type_ids = token_type_ids.expand(shape)
-        if self._dropping():
-            lengths = attention_mask.sum(-1).amax(1).tolist()
-            for layer in self.lora_layers().values():
-                layer.dropout.lengths = lengths
         inputs = {"input_ids": input_ids.flatten(0, 1)}
-        inputs["attention_mask"] = attention_mask.flatten(0, 1)
         if token_type_ids is not None and self._takes_types:
             inputs["token_type_ids"] = token_type_ids.flatten(0, 1)
-        with torch.autocast(
-            input_ids.device.type, dtype=self.autocast, enabled=self.autocast is not None
-        ):
-            logits = self.base(**inputs).logits
+        flat = flat_of(attention_mask, self.device) if self.flat else None
+        if flat is not None:
+            logits = flat_forward(self.base, inputs, flat)
+        else:
+            logits = self._padded_forward(inputs, attention_mask)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         return logits.unflatten(0, (chains, -1))
 
-    def _dropping(self) -> bool:
+    def _padded_forward(self, inputs: dict[str, Tensor], attention_mask: Tensor) -> Tensor:
+        """Padded inputs (M·B, L), mask (M, B, L) → logits (M·B, C)."""
+        if self.dropping:
+            lengths = attention_mask.sum(-1).cpu().numpy()
+            for layer in self.lora_layers().values():
+                layer.dropout.lengths = lengths
+        inputs = inputs | {"attention_mask": attention_mask.flatten(0, 1)}
+        inputs = {name: x.to(self.device) for name, x in inputs.items()}
+        kind = self.device.type
+        with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
+            return self.base(**inputs).logits
+
+    @property
+    def dropping(self) -> bool:
+        """Whether LoRA dropout acts."""
         return any(layer.dropout.generators is not None for layer in self.lora_layers().values())

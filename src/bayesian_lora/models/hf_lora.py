@@ -14,6 +14,7 @@ from torch import nn
 
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.chain_lora import ChainLinear, ChainLora, ChainModel
+from bayesian_lora.models.flat_attention import store_half
 from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
 from bayesian_lora.utils.rng import chain_generators
 
@@ -66,12 +67,23 @@ class ModelInfo:
 class HuggingFaceLora(ChainModel):
     """`ChainModel` that knows its adapter's spec; made by `build_huggingface_lora_model`."""
 
-    def __init__(self, base: nn.Module, info: ModelInfo, autocast: torch.dtype | None) -> None:
-        super().__init__(base, autocast)
+    def __init__(self, base: nn.Module, info: ModelInfo) -> None:
+        super().__init__(base)
         self.info = info
+        self._fingerprint: str | None = None
+
+    def use_bfloat16(self) -> None:
+        """Frozen layers in bfloat16: stored so where the family is known, else by autocast."""
+        if self.family is None:
+            self.autocast = torch.bfloat16
+            return
+        self._fingerprint = self.fingerprint()  # of the weights as they were
+        store_half(self.base, self.family)
 
     def fingerprint(self) -> str:
         """sha256 over the frozen weights: an adapter belongs to exactly this base."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         digest = hashlib.sha256()
         trained = self.chain_parameters()
         for name, tensor in sorted(self.base.state_dict().items()):
@@ -106,7 +118,8 @@ def build_huggingface_lora_model(
         target_modules: ``auto`` (query and value under the family's names) or name endings of
             linear layers such as ``["query", "key", "attention.output.dense"]``.
         chains: M; chain m's factors and head are drawn from (`seed`, m), or from `generators`.
-        device, dtype: ``bfloat16`` runs the frozen base under autocast, adapters stay float32.
+        device, dtype: ``bfloat16`` is the frozen layers' and the products' precision; adapters,
+            head, layer norms and the sums between layers stay float32.
 
     Returns:
         A model giving logits (M, B, C); ``.info`` has its parameter counts.
@@ -143,7 +156,9 @@ def build_huggingface_lora_model(
         head_parameters=sum(p.numel() for p in _head_tensors(network)) // chains,
         base_parameters=base_parameters,
     )
-    model = HuggingFaceLora(network, info, torch.bfloat16 if dtype == "bfloat16" else None)
+    model = HuggingFaceLora(network, info)
+    if dtype == "bfloat16":
+        model.use_bfloat16()
     initialise(model, generators or chain_generators(seed, range(chains), "init", device))
     return model
 
