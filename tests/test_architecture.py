@@ -73,7 +73,7 @@ ROWS: dict[float, tuple[str, ...]] = {
         "verification.variants",
         "verification.report",
     ),
-    3.5: ("objective",),
+    3.5: ("objective", "adaptive"),
     4: ("traces", "warm_start", "sampling", "member_files", "ensemble", "run_folder"),
     5: ("evaluation",),
     7: (

@@ -195,3 +195,32 @@ def test_prior_groups_part_factors_from_head(classifier: Objective):
     assert len(factors.tensors) + len(head.tensors) == len(names)
     assert (factors.std, head.std) == (0.1, 0.5)
     assert [g.std for g in prior_groups(classifier.model, 0.1, None)] == [0.1, 0.1]
+
+
+def test_passes_are_as_large_as_runs_fast(classifier: Objective, monkeypatch: pytest.MonkeyPatch):
+    """By tokens of all chains; under dropout and where batches are padded, by a fixed number."""
+    sizes: list[int] = []
+    whole = classifier.data.micro_batches
+
+    def spy(rows: np.ndarray, size: int | None, device: Any) -> Any:
+        sizes.append(size or rows.shape[1])
+        return whole(rows, size, device)
+
+    monkeypatch.setattr(classifier.data, "micro_batches", spy)
+    rows = np.tile(np.arange(EXAMPLES), (CHAINS, 1))
+    tokens = int(classifier.data.lengths[rows].sum())
+    for budget, expected in ((tokens, 20), (tokens - 1, 10), (tokens // 4, 4), (1, 1)):
+        monkeypatch.setattr("bayesian_lora.objective.TOKENS_PER_PASS_ON_CPU", budget)
+        classifier.closure(rows)()
+        assert sizes[-1] == expected
+    classifier.micro_batch = 3
+    classifier.closure(rows)()
+    assert sizes[-1] == 3
+    classifier.micro_batch = None
+    classifier.model.flat = False
+    classifier.closure(rows)()
+    assert sizes[-1] == 8
+    classifier.model.flat = True
+    classifier.model.lora_dropout([torch.Generator() for _ in range(CHAINS)])
+    classifier.closure(rows)()
+    assert sizes[-1] == 8

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from bayesian_lora import predict
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.models.chain_lora import ChainModel
@@ -107,3 +108,56 @@ def test_predictions_know_their_sizes():
     )
     assert len(predictions) == 7
     assert predictions.num_members == 4
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_members_merged_into_the_weights_are_the_members(
+    tiny_models: dict[str, Path], family: str, flat: bool, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tiny_models[family]
+    model, data = build(folder, MEMBERS, "float64"), examples(folder)
+    model.flat = flat
+    found = {}
+    for merged in (True, False):
+        monkeypatch.setattr(predict, "merging_pays", lambda *_, answer=merged: answer)
+        found[merged] = predict_logits(model, data, tokens_per_pass=150)
+    assert found[True].shape == (MEMBERS, EXAMPLES, 2)
+    np.testing.assert_allclose(found[True], found[False], rtol=0, atol=1e-10)
+    assert np.ptp(found[True], axis=0).min() > 0.01
+
+
+def test_a_member_is_on_alone_and_only_for_a_while(tiny_models: dict[str, Path]):
+    folder = tiny_models["bert"]
+    model, data = build(folder, MEMBERS, "float64"), examples(folder)
+    inputs = data.batch(np.arange(4)).inputs
+    with torch.no_grad():
+        before = model(**inputs)
+        with model.member(2):
+            alone = model(**inputs)
+            assert model.num_chains == 1
+        with pytest.raises(KeyError), model.member(1):
+            raise KeyError
+        torch.testing.assert_close(alone, before[2:], rtol=0, atol=1e-10)
+        assert torch.equal(model(**inputs), before)
+    assert model.num_chains == MEMBERS
+
+
+def test_merging_is_for_enough_tokens_and_never_under_dropout(tiny_models: dict[str, Path]):
+    folder = tiny_models["bert"]
+    model, few = build(folder, MEMBERS, "float32"), examples(folder)
+    many = TokenisedSet(generate("train", size=300), AutoTokenizer.from_pretrained(folder), 64)
+    assert few.lengths.sum() < predict.MERGE_FROM["cpu"] < many.lengths.sum()
+    assert not predict.merging_pays(model, few)
+    assert predict.merging_pays(model, many)
+    model.lora_dropout([torch.Generator() for _ in range(MEMBERS)])
+    assert not predict.merging_pays(model, many)
+
+
+def test_merged_bfloat16_is_near(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    folder = tiny_models["bert"]
+    data = examples(folder)
+    exact, half = (build(folder, MEMBERS, d) for d in ("float32", "bfloat16"))
+    monkeypatch.setattr(predict, "merging_pays", lambda *_: True)
+    difference = predict_logits(half, data) - predict_logits(exact, data)
+    assert 1e-4 < np.abs(difference).max() < 0.2

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesian_lora.adaptive import adaptive_logits
 from bayesian_lora.data.batching import TokenisedSet
-from bayesian_lora.data.examples import Examples
+from bayesian_lora.data.examples import unlabelled
 from bayesian_lora.errors import InputError
 from bayesian_lora.member_files import (
     MemberRecord,
@@ -171,25 +172,35 @@ class Ensemble:
             InputError: no texts or something else among them, or the base model is not to be had or
                 not the one sampled on.
         """
-        columns, n = _columns(texts), len(texts)
+        examples = unlabelled(texts)
         model, tokenizer = self._loaded()
-        examples = Examples(columns, np.full(n, -1, dtype=np.int64), np.arange(n))
         data = TokenisedSet(examples, tokenizer, self.provenance.model["max_length"])
         return self.predict_set(model, data)
 
-    def predict_set(self, model: HuggingFaceLora, data: TokenisedSet) -> Predictions:
-        """Predictions on a tokenised set, with the members put into `model`'s chain dimension."""
+    def predict_set(
+        self, model: HuggingFaceLora, data: TokenisedSet, tolerance: float | None = None
+    ) -> Predictions:
+        """Predictions on a tokenised set, with the members put into `model`'s chain dimension.
+
+        With a `tolerance` an input gets no more members once its probabilities have settled
+        to within it (`adaptive_logits`); `.members_used` says how many it got.
+        """
         try:
             model.load_chains(self.state())
         except ValueError as error:
             raise InputError(f"the members do not fit the model: {error}") from error
+        if tolerance is None:
+            logits, used = predict_logits(model, data), None
+        else:
+            logits, used = adaptive_logits(model, data, self.weights, tolerance)
         return Predictions(
-            predict_logits(model, data),
+            logits,
             data.examples.labels,
             self.weights,
             data.examples.ids,
             self.noise_std,
             data.examples.true_probs,
+            used,
         )
 
     def _loaded(self) -> tuple[HuggingFaceLora, Any]:
@@ -200,19 +211,6 @@ class Ensemble:
             self._model = load_model(self.provenance, device)
             self._tokenizer = load_pretrained(AutoTokenizer, self._model.info.source)
         return self._model, self._tokenizer
-
-
-def _columns(texts: Sequence[Any]) -> tuple[list[str], ...]:
-    """Texts or pairs of texts → one column or two."""
-    rule = "give a list of texts, or of pairs of texts"
-    if isinstance(texts, str) or not len(texts):
-        raise InputError(f"texts={texts!r}: {rule}, at least one")
-    rows = [[text] if isinstance(text, str) else text for text in texts]
-    for i, row in enumerate(rows):
-        known = isinstance(row, list | tuple) and all(isinstance(text, str) for text in row)
-        if not (known and len(row) in (1, 2) and len(row) == len(rows[0])):
-            raise InputError(f"texts: number {i} is {row!r}; {rule}")
-    return tuple([row[j] for row in rows] for j in range(len(rows[0])))
 
 
 def load_model(provenance: Provenance, device: torch.device | str = "cpu") -> HuggingFaceLora:

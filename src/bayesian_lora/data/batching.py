@@ -86,9 +86,10 @@ class TokenisedSet:
             part = ordered[:, start : start + step]
             yield self.batch(part, device, part.shape[1] / total)
 
-    def by_length(self, max_tokens: int) -> Iterator[np.ndarray]:
-        """All rows (b,) once, longest first, at most `max_tokens` padded tokens a batch."""
-        order = np.argsort(-self.lengths, kind="stable")
+    def by_length(self, max_tokens: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """All rows, or those given, once as (b,): longest first, at most `max_tokens` padded."""
+        rows = np.arange(len(self)) if rows is None else rows
+        order = rows[np.argsort(-self.lengths[rows], kind="stable")]
         start = 0
         while start < len(order):
             size = max(1, max_tokens // int(self.lengths[order[start]]))

@@ -222,3 +222,21 @@ def _stratified_index(strata: np.ndarray, n: int, seed: int) -> np.ndarray:
         for value, size in zip(values, sizes, strict=True)
     ]
     return np.sort(np.concatenate(parts))
+
+
+def unlabelled(texts: Sequence[Any]) -> Examples:
+    """Texts, or pairs of texts, as examples with the labels −1 (unknown).
+
+    Raises:
+        InputError: no texts, or something else among them.
+    """
+    rule = "give a list of texts, or of pairs of texts"
+    if isinstance(texts, str) or not len(texts):
+        raise InputError(f"texts={texts!r}: {rule}, at least one")
+    rows = [[text] if isinstance(text, str) else text for text in texts]
+    for i, row in enumerate(rows):
+        known = isinstance(row, list | tuple) and all(isinstance(text, str) for text in row)
+        if not (known and len(row) in (1, 2) and len(row) == len(rows[0])):
+            raise InputError(f"texts: number {i} is {row!r}; {rule}")
+    columns = tuple([row[j] for row in rows] for j in range(len(rows[0])))
+    return Examples(columns, np.full(len(rows), -1, dtype=np.int64), np.arange(len(rows)))

@@ -8,10 +8,12 @@ one chain behind those of another.
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesian_lora.models.flat import CURRENT, flat_of
@@ -81,6 +83,17 @@ class ChainLora(nn.Module):
         b = torch.zeros(chains, base.out_features, rank, device=like.device, dtype=like.dtype)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
+        self.merged: Tensor | None = None
+        """W + s·B_k A_k while one member alone is on (`ChainModel.member`)."""
+
+    @torch.no_grad()
+    def merge(self, k: int) -> None:
+        """Make the frozen weight and member k's update one matrix, in the weight's precision."""
+        weight = self.base.weight
+        update = torch.addmm(
+            weight.to(self.lora_B.dtype), self.lora_B[k], self.lora_A[k], alpha=self.scaling
+        )
+        self.merged = update.to(weight.dtype)
 
     @torch.no_grad()
     def initialise(self, generators: Sequence[torch.Generator]) -> None:
@@ -92,6 +105,8 @@ class ChainLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (M·B, L, D_in), (M·B, D_in) or flat (1, n, D_in) → the same with D_out."""
         x = x.to(self.base.weight.dtype)
+        if self.merged is not None:
+            return F.linear(x, self.merged, self.base.bias)
         inputs = x.reshape(-1, x.shape[-1])
         rows = self._rows_per_chain(inputs.shape[0])
         out = self.base(inputs)
@@ -112,6 +127,8 @@ class ChainLinear(nn.Module):
         self.weight = nn.Parameter(base.weight.detach().expand(chains, -1, -1).clone())
         bias = base.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().expand(chains, -1).clone())
+        self.only: int | None = None
+        """The member that is on alone (`ChainModel.member`)."""
 
     @torch.no_grad()
     def initialise(self, generators: Sequence[torch.Generator], std: float) -> None:
@@ -123,6 +140,10 @@ class ChainLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M·B, …, D_in) → the same with D_out."""
+        x = x.to(self.weight.dtype)
+        if self.only is not None:
+            bias = None if self.bias is None else self.bias[self.only]
+            return F.linear(x, self.weight[self.only], bias)
         chains, width_out, width_in = self.weight.shape
         rows = x.reshape(chains, -1, width_in)
         out = torch.bmm(rows, self.weight.mT)
@@ -148,6 +169,7 @@ class ChainModel(nn.Module):
         """Whether batches run without padding; only where the architecture is known."""
         if self.family is not None:
             prepare(base, self.family)
+        self._alone = False
         base.eval()
 
     def train(self, mode: bool = True) -> "ChainModel":
@@ -156,7 +178,9 @@ class ChainModel(nn.Module):
 
     @property
     def num_chains(self) -> int:
-        """M (or K, after `load_chains`)."""
+        """M (or K, after `load_chains`; 1 within `member`)."""
+        if self._alone:
+            return 1
         return next(iter(self.chain_parameters().values())).shape[0]
 
     @property
@@ -177,6 +201,24 @@ class ChainModel(nn.Module):
         """Switch LoRA dropout on, each chain drawing from its own generator, or off with None."""
         for layer in self.lora_layers().values():
             layer.dropout.generators = generators
+
+    @contextmanager
+    def member(self, k: int) -> Iterator[None]:
+        """Member k alone, its updates merged into the frozen weights: for inference."""
+        lora, head = self.lora_layers().values(), self.head_layers().values()
+        try:
+            for layer in lora:
+                layer.merge(k)
+            for linear in head:
+                linear.only = k
+            self._alone = True
+            yield
+        finally:
+            self._alone = False
+            for layer in lora:
+                layer.merged = None
+            for linear in head:
+                linear.only = None
 
     @torch.no_grad()
     def load_chains(self, state: dict[str, Tensor]) -> None:
