@@ -24,6 +24,12 @@ TINY_WIDTHS = {
 TINY_LENGTH = 64
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Runs of the tests keep token ids among the tests' files, not among the user's."""
+    os.environ["BAYESIAN_LORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets, from the environment variable BAYESIAN_LORA_DATA."""

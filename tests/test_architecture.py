@@ -45,6 +45,7 @@ ROWS: dict[float, tuple[str, ...]] = {
         "data.local_files",
         "data.hub",
         "data.glue_datasets",
+        "data.token_cache",
         "data.batching",
         "data.preparation",
         "samplers.base",

@@ -8,6 +8,7 @@ micro-batches add up to that of the batch. So short sentences are not padded to 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora.data.examples import Examples
+from bayesian_lora.data.token_cache import COLUMNS, cache_key, read_tokens, write_tokens
 from bayesian_lora.errors import InputError
 
 
@@ -39,18 +41,16 @@ class TokenisedSet:
         examples: at least one; texts of one or two columns (pairs go through the pair encoding).
         tokenizer: a HuggingFace tokenizer; its outputs say whether token types are needed.
         max_length: tokens after which the longest text of a pair is cut.
+        cache: folder of token ids of earlier runs (`token_cache`); None tokenises anew.
     """
 
-    def __init__(self, examples: Examples, tokenizer: Any, max_length: int) -> None:
-        encoded = encode(examples.texts, tokenizer, max_length)
-        rows = encoded["input_ids"]
-        self.lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    def __init__(
+        self, examples: Examples, tokenizer: Any, max_length: int, cache: Path | None = None
+    ) -> None:
+        columns = _cached(examples.texts, tokenizer, max_length, cache)
+        self.lengths = columns.pop("lengths")
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._columns = {
-            name: np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded[name]])
-            for name in ("input_ids", "token_type_ids")
-            if name in encoded
-        }
+        self._columns = columns
         self._pad = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": 0}
         self.examples = examples
         self.labels = torch.from_numpy(np.ascontiguousarray(examples.labels))
@@ -95,6 +95,28 @@ class TokenisedSet:
             size = max(1, max_tokens // int(self.lengths[order[start]]))
             yield order[start : start + size]
             start += size
+
+
+def _cached(
+    texts: Sequence[list[str]], tokenizer: Any, max_length: int, cache: Path | None
+) -> dict[str, np.ndarray]:
+    """Lengths (N,) and the rows of each column one behind the other, int32."""
+    key = None if cache is None else cache_key(texts, tokenizer, max_length)
+    if cache is not None and key is not None:
+        found = read_tokens(cache, key, len(texts[0]))
+        if found is not None:
+            return found
+    encoded = encode(texts, tokenizer, max_length)
+    lengths = np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64)
+    columns = {
+        name: np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded[name]])
+        for name in COLUMNS
+        if name in encoded
+    }
+    found = {"lengths": lengths, **columns}
+    if cache is not None and key is not None:
+        write_tokens(cache, key, found)
+    return found
 
 
 def encode(texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bayesian_lora import diagnostics, evaluation, summary
 from bayesian_lora.config import Config, load_config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
+from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.setup import (
@@ -132,8 +133,8 @@ def _inputs(
     model = load_model(full.provenance, resolve_device(config.device))
     tokenizer = load_pretrained(AutoTokenizer, model.info.source)
     length = config.data.max_length
-    held = None if held_out is None else TokenisedSet(held_out, tokenizer, length)
-    return TokenisedSet(examples, tokenizer, length), held, model
+    held = None if held_out is None else TokenisedSet(held_out, tokenizer, length, default_folder())
+    return TokenisedSet(examples, tokenizer, length, default_folder()), held, model
 
 
 def _compare(

@@ -23,6 +23,7 @@ from bayesian_lora.data.preparation import (
     load_train,
 )
 from bayesian_lora.data.tasks import TaskSpec, custom_task
+from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
@@ -181,8 +182,12 @@ def prepare(config: Config, progress: Progress) -> Setup:
     limit = length_limit(tokenizer, model.base.config)
     check_max_length(config.data.max_length, limit, config.model.name)
     length = config.data.max_length
-    train_set = TokenisedSet(train, tokenizer, length)
-    held_out = None if validation is None else TokenisedSet(validation, tokenizer, length)
+    train_set, evaluation_set = (
+        TokenisedSet(part, tokenizer, length, default_folder()) for part in (train, evaluation)
+    )
+    held_out = None
+    if validation is not None:
+        held_out = TokenisedSet(validation, tokenizer, length, default_folder())
     objective = Objective(model, train_set, task.likelihood, config.train.micro_batch)
     if task.likelihood == "gaussian":
         start_at_mean(model, float(raw.train.labels.mean()))
@@ -194,7 +199,7 @@ def prepare(config: Config, progress: Progress) -> Setup:
         model=model,
         train=train_set,
         validation=held_out,
-        evaluation=TokenisedSet(evaluation, tokenizer, length),
+        evaluation=evaluation_set,
         objective=objective,
         streams=make_streams(config, device),
         prior=Prior(std, config.prior.head_std or std),
