@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from bayesian_lora.adaptive import FEWEST, adaptive_logits, expected_error
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.synthetic import generate
+from bayesian_lora.errors import InputError
 from bayesian_lora.metrics import ensemble_probs
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.predict import predict_logits
@@ -74,7 +75,7 @@ def test_a_small_tolerance_uses_every_member(
 @pytest.mark.parametrize("k", [4, 8])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_the_expected_error_covers_the_real_one(k: int, skewed: bool) -> None:
-    """Of members drawn independently: the 99 % it says, within the test's own error."""
+    """Of members drawn independently: the 95 % it says, within the test's own error."""
     rng = np.random.default_rng(0)
     weights = np.linspace(1, 3, MEMBERS) if skewed else np.ones(MEMBERS)
     weights /= weights.sum()
@@ -82,13 +83,13 @@ def test_the_expected_error_covers_the_real_one(k: int, skewed: bool) -> None:
     seen = np.tensordot(weights[:k] / weights[:k].sum(), probs[:k], 1)
     distance = np.abs(seen - np.tensordot(weights, probs, 1))
     covered = (distance <= expected_error(probs[:k], weights)).mean()
-    assert covered == pytest.approx(0.99, abs=0.004)
+    assert covered == pytest.approx(0.95, abs=0.008)
 
 
 def test_its_formula_for_equal_weights() -> None:
     probs = np.array([0.2, 0.4, 0.3, 0.5])[:, None, None]
     weights = np.full(10, 0.1)
-    expected = 5.8409 * probs.std(ddof=1) * np.sqrt(1 / 4 - 1 / 10)  # t at 99 %, three degrees
+    expected = 3.1824 * probs.std(ddof=1) * np.sqrt(1 / 4 - 1 / 10)  # t at 95 %, three degrees
     assert expected_error(probs, weights)[0, 0] == pytest.approx(expected, rel=1e-4)
 
 
@@ -96,10 +97,10 @@ def test_its_formula_for_equal_weights() -> None:
 def test_a_tolerance_is_a_distance_of_probabilities(
     tiny_models: dict[str, Path], data: TokenisedSet, tolerance: float
 ) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(InputError, match="between 0 and 1"):
         adaptive_logits(build(tiny_models["bert"]), data, np.full(MEMBERS, 0.05), tolerance)
 
 
 def test_regression_has_none(tiny_models: dict[str, Path], data: TokenisedSet) -> None:
-    with pytest.raises(ValueError, match="regression has no probabilities"):
+    with pytest.raises(InputError, match="regression has no probabilities"):
         adaptive_logits(build(tiny_models["bert"], 1), data, np.full(MEMBERS, 0.05), 0.01)

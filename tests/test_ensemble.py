@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bayesian_lora import Ensemble, member_files
+from bayesian_lora.adaptive import FEWEST
 from bayesian_lora.config import build_config
+from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.synthetic import generate
-from bayesian_lora.ensemble import map_ensemble, read_manifest, write_manifest
+from bayesian_lora.ensemble import load_model, map_ensemble, read_manifest, write_manifest
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.train import train
+from bayesian_lora.models.sources import load_pretrained
 from bayesian_lora.progress import Progress
 
 K, SHOWN = 6, 40
@@ -90,6 +94,23 @@ def test_predict_gives_the_stored_predictions(run: Path, ensemble: Ensemble) -> 
     np.testing.assert_allclose(few.logits, expected[:, 7:9], atol=1e-5)
     part = ensemble.subset(2).predict(texts[:3])
     np.testing.assert_allclose(part.logits, expected[:2, :3], atol=1e-5)
+
+
+def test_a_tolerance_leaves_members_out(ensemble: Ensemble) -> None:
+    model = load_model(ensemble.provenance)
+    tokenizer = load_pretrained(AutoTokenizer, model.info.source)
+    data = TokenisedSet(generate("validation"), tokenizer, 48)
+    whole = ensemble.predict_set(model, data)
+    assert whole.members_used is None
+    near = ensemble.predict_set(model, data, tolerance=0.2)
+    assert near.members_used is not None
+    assert near.members_used.min() >= FEWEST
+    assert near.members_used.mean() < K
+    assert 0 < np.abs(near.probs - whole.probs).max() < 0.2
+    same_again = ensemble.predict_set(model, data, tolerance=1e-9)
+    np.testing.assert_allclose(same_again.probs, whole.probs, atol=1e-6)
+    with pytest.raises(InputError, match="tolerance=2"):
+        ensemble.predict_set(model, data, tolerance=2)
 
 
 def test_pairs_of_texts_go_through_the_pair_encoding(ensemble: Ensemble) -> None:

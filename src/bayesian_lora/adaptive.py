@@ -9,12 +9,13 @@ from scipy.special import softmax
 from scipy.stats import t as student_t
 
 from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.errors import InputError
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.predict import default_budget
 
 FEWEST = 4
 """Members every input is given before it may stop: fewer say too little of their spread."""
-CONFIDENCE = 0.99
+CONFIDENCE = 0.95
 
 
 def adaptive_logits(
@@ -22,7 +23,7 @@ def adaptive_logits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits (K, N, C), and how many members each input was given, (N,).
 
-    An input stops once, at 99 % confidence by Student's t of the members seen so far, no
+    An input stops once, at 95 % confidence by Student's t of the members seen so far, no
     probability of the whole ensemble is farther than `tolerance` from the mean of those. In the
     place of the members left out stand the logarithms of that mean, so that the ensemble's
     probabilities are the mean's.
@@ -32,10 +33,10 @@ def adaptive_logits(
         tolerance: on each class's probability, in (0, 1).
 
     Raises:
-        ValueError: a tolerance outside (0, 1), an ensemble of one output (regression).
+        InputError: a tolerance outside (0, 1), an ensemble of one output (regression).
     """
     if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance={tolerance}: a distance of probabilities, between 0 and 1")
+        raise InputError(f"tolerance={tolerance}: a distance of probabilities, between 0 and 1")
     members = model.num_chains
     open_rows, used = np.arange(len(data)), np.full(len(data), members)
     logits: np.ndarray | None = None
@@ -44,7 +45,7 @@ def adaptive_logits(
         found = _one_member(model, data, k, open_rows)
         if logits is None or probs is None:
             if found.shape[-1] < 2:
-                raise ValueError("tolerance: a regression has no probabilities; leave it out")
+                raise InputError("tolerance: a regression has no probabilities; leave it out")
             logits = np.empty((members, *found.shape), dtype=found.dtype)
             probs = np.empty(logits.shape)
         logits[k, open_rows] = found

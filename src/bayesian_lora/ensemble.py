@@ -184,6 +184,9 @@ class Ensemble:
 
         With a `tolerance` an input gets no more members once its probabilities have settled
         to within it (`adaptive_logits`); `.members_used` says how many it got.
+
+        Raises:
+            InputError: the members do not fit the model, or a tolerance outside (0, 1).
         """
         try:
             model.load_chains(self.state())
