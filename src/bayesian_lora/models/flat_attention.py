@@ -170,12 +170,8 @@ def flat_attention(
         queries = flat.grid(heads)
     scale = size**-0.5 if scaling is None else scaling
     query = query.transpose(1, 2).reshape(-1, size) * scale
-    dtype = query.dtype
-    if dtype == torch.bfloat16 and query.device.type == "cpu":
-        # As fast as in bfloat16 on short sequences, and scores keep their digits.
-        query, key, value = query.float(), key.float(), value.float()
     out = _by_group(flat, query, key, value, queries, flat.grid(heads))
-    return out.to(dtype).view(1, rows, heads, size), None
+    return out.view(1, rows, heads, size), None
 
 
 def _by_group(
@@ -183,8 +179,13 @@ def _by_group(
 ) -> Tensor:
     """Rows (token·H + head, d) of query, and of key and value → rows like the query's."""
     heads = len(tokens.places) // flat.tokens
+    dtype = query.dtype
+    # On CPUs as fast as bfloat16 on short sequences, and scores keep their digits.
+    single = dtype == torch.bfloat16 and query.device.type == "cpu"
     q = to_blocks(query, queries)
     k, v = (to_blocks(x, tokens) for x in (key, value))
+    if single:
+        q, k, v = q.float(), k.float(), v.float()
     sizes_q, sizes = (
         [len(g.sequences) * heads * (1 if one else g.length) for g in flat.groups]
         for one in (queries is not tokens, False)
@@ -196,7 +197,7 @@ def _by_group(
         n = len(group.sequences)
         own_q, own_k, own_v = (x.unflatten(0, (n * heads, -1)) for x in (own_q, own_k, own_v))
         parts.append(_attend(own_q, own_k, own_v, mask, n).flatten(0, 1))
-    return from_blocks(torch.cat(parts), queries)
+    return from_blocks(torch.cat(parts).to(dtype), queries)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, n: int) -> Tensor:
