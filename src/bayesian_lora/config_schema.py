@@ -136,10 +136,14 @@ class SamplerConfig:
 
 @dataclass
 class OutputConfig:
-    """``dir`` defaults to ``runs/<name of the config file>``."""
+    """``dir`` defaults to ``runs/<name of the config file>``.
+
+    A checkpoint is written after the step that follows ``checkpoint_seconds``; 0 is every step.
+    """
 
     dir: str | None = None
     overwrite: bool = False
+    checkpoint_seconds: NonNegative = 60.0
 
 
 @dataclass

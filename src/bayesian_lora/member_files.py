@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,17 @@ def parse_record(row: Any) -> MemberRecord:
     if wrong := [name for name, right in kinds.items() if not right]:
         raise TypeError(f"a member's {wrong[0]} is {getattr(record, wrong[0])!r}")
     return record
+
+
+def read_records(path: Path) -> list[MemberRecord]:
+    """The lines of a `members.jsonl` up to the first that is not whole; none without a file."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            records.append(parse_record(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return records
 
 
 def _is_number(value: Any) -> bool:
@@ -134,6 +146,24 @@ class MemberWriter:
         for i, (member, record) in enumerate(self._pack):
             self._note(record, path, tensors_sha256(member), i)
         self._pack = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many are written, and the members of the unfinished pack."""
+        pack = [[dict(member), dataclasses.asdict(record)] for member, record in self._pack]
+        return {"written": len(self.records), "pack": pack}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`: what was written since is forgotten, and will be written again."""
+        records = read_records(self.index_file)[: state["written"]]
+        if len(records) < state["written"]:
+            raise InputError(
+                f"{self.index_file}: damaged, it lists {len(records)} members of "
+                f"{state['written']}; begin again with output.overwrite=true"
+            )
+        self.records = records
+        lines = [json.dumps(dataclasses.asdict(r), allow_nan=False) + "\n" for r in records]
+        write_atomic(self.index_file, "".join(lines))
+        self._pack = [(member, MemberRecord(**record)) for member, record in state["pack"]]
 
     def _pack_path(self, number: int) -> Path:
         return self.root / self.subfolder / f"pack_{number // PACK_SIZE + 1:04d}.safetensors"

@@ -21,6 +21,7 @@ from bayesian_lora.utils.files import (
     write_json,
     write_npz,
 )
+from bayesian_lora.utils.lock import LOCK
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
@@ -34,6 +35,7 @@ class RunFolder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.status: dict[str, Any] = {}
+        self.parts = 0
         self._began = time.time()
 
     def check_free(self, overwrite: bool) -> None:
@@ -72,6 +74,8 @@ class RunFolder:
         """Clear a replaced run; write `config.yaml` and the first `run.json`."""
         self.root.mkdir(parents=True, exist_ok=True)
         for old in self.root.iterdir():  # the folder itself may be a link or a mount
+            if old.name == LOCK:
+                continue
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         write_atomic(self.root / "config.yaml", config_text)
         self.status = {
@@ -83,6 +87,30 @@ class RunFolder:
             **facts,
         }
         self._write_status()
+
+    def reopen(self, state: dict[str, Any]) -> None:
+        """Go on with a run: cut what was appended after its checkpoint (`position`)."""
+        self.status = read_json(self.root / "run.json", "run")
+        self.status |= {"status": "running", "pid": os.getpid(), "resumed": _now()}
+        self.status.pop("reason", None)
+        self._began = time.time() - state["wall_s"]
+        self.parts = state["trace_parts"]
+        log = self.root / "log.jsonl"
+        if log.is_file():
+            os.truncate(log, min(log.stat().st_size, state["log_bytes"]))
+        for path in (self.root / "traces").glob("part_*.npz"):
+            if int(path.stem.removeprefix("part_")) > self.parts:
+                path.unlink()
+        self._write_status()
+
+    def position(self) -> dict[str, Any]:
+        """Where the appended files stand."""
+        log = self.root / "log.jsonl"
+        return {
+            "wall_s": time.time() - self._began,
+            "trace_parts": self.parts,
+            "log_bytes": log.stat().st_size if log.is_file() else 0,
+        }
 
     def finish(self, status: str, **facts: Any) -> None:
         """The last `run.json`: status, wall time and whatever else is known."""
@@ -97,10 +125,11 @@ class RunFolder:
         """One line of `log.jsonl`."""
         append_json_line(self.root / "log.jsonl", line)
 
-    def write_traces(self, part: int, arrays: dict[str, np.ndarray]) -> None:
-        """`traces/part_….npz`, numbered from 1: arrays (M, rows) named by quantity."""
+    def write_traces(self, arrays: dict[str, np.ndarray]) -> None:
+        """The next `traces/part_….npz`, numbered from 1: arrays (M, rows) named by quantity."""
         if arrays:
-            write_npz(self.root / "traces" / f"part_{part:05d}.npz", arrays)
+            self.parts += 1
+            write_npz(self.root / "traces" / f"part_{self.parts:05d}.npz", arrays)
 
     def write_starts(self, row: dict[str, np.ndarray]) -> None:
         """`traces/starts.npz`: the same quantities (M,) before the first sampling step."""

@@ -147,8 +147,12 @@ class RunState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`; the same phases must be set up."""
+        own = self.model.chain_parameters()
+        if any(own[name].shape != tensor.shape for name, tensor in state["model"].items()):
+            self.model.load_chains(state["model"])  # one fit had been spread over the chains
+            self.objective.log_noise = state["log_noise"]
         with torch.no_grad():
-            for name, parameter in self.model.chain_parameters().items():
+            for name, parameter in own.items():
                 parameter.copy_(state["model"][name])
             if self.objective.log_noise is not None:
                 self.objective.log_noise.copy_(state["log_noise"])

@@ -150,8 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as error:
-        if error.code == 130:  # what typer makes of an interrupt
-            print("Interrupted; what was collected so far is kept.", file=sys.stderr)
+        if error.code in (130, 143):  # what typer makes of an interrupt, and of SIGTERM
+            word = "Interrupted" if error.code == 130 else "Terminated"
+            print(f"{word}; the same command goes on from here.", file=sys.stderr)
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

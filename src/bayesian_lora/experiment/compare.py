@@ -199,8 +199,8 @@ class Comparison:
         else:
             entry["warm_start"] = cell.name
         self.write()
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        if folder.is_dir() and not _is_of(folder, cell.config):
+            shutil.rmtree(folder)  # else `train` goes on where the cell ended
         return config
 
     def _donor(self, cell: Cell) -> str | None:

@@ -37,7 +37,8 @@ FAMILY: dict[str, type[Sampler]] = {
     "sam_sgld": SAMSGLD,
     "sam_sgld_rank1": SAMSGLDRank1,
 }
-TRACE_ROWS = 100
+TRACES_A_DRAW = 20
+"""By default; of the thinning alone, so that a longer run extends a shorter one's traces."""
 CURVATURE_BATCHES = 1
 """Batches' worth of examples whose curvature is measured."""
 PROVISIONAL = 1e-6
@@ -70,8 +71,11 @@ def idle_keys(s: SamplerConfig) -> list[str]:
     return sorted(given - set(SAMPLERS[s.name]))
 
 
-def make_chains(setup: Setup) -> Chains:
-    """Sampler, schedules, batches and traces of a run; the chains at the warm start."""
+def make_chains(setup: Setup, fresh: bool = True) -> Chains:
+    """Sampler, schedules, batches and traces of a run; the chains at the warm start.
+
+    `fresh`: False if a saved state is loaded next, so that nothing is computed for it.
+    """
     config = setup.config
     s, n = config.sampler, len(setup.train)
     sampler = make_sampler(config, setup.groups, n, setup.streams)
@@ -90,13 +94,15 @@ def make_chains(setup: Setup) -> Chains:
         BurnIn(s.burn_in, PROVISIONAL, PROVISIONAL),
         thinning,
         Traces(setup.objective, setup.groups, probe, subset, config.seed),
-        s.trace_every or max(1, thinning.steps // TRACE_ROWS),
-        make_control(setup) if s.variance_reduction else None,
+        s.trace_every or max(1, s.thin // TRACES_A_DRAW),
+        make_control(setup, fresh) if s.variance_reduction else None,
     )
 
 
-def make_control(setup: Setup) -> ControlVariate:
+def make_control(setup: Setup, fresh: bool) -> ControlVariate:
     """The control variate at the chains' present parameters: one pass over the training set."""
+    if not fresh:
+        return ControlVariate(setup.model.chain_parameters().values(), None)
     n = len(setup.train)
     batches = -(-n // setup.config.data.batch_size)
     full = setup.objective.closure(setup.all_rows(), evaluations=batches)

@@ -3,6 +3,7 @@
 Shapes: M chains.
 """
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.experiment.priors import prior_lines, search_lines, search_prior
 from bayesian_lora.experiment.provenance import mean_t_eff, provenance, tempering
+from bayesian_lora.experiment.resume import Stop, check_same_inputs, find_earlier, read_state
 from bayesian_lora.experiment.samplers import idle_keys, make_chains, open_account
 from bayesian_lora.experiment.setup import Prior, Setup, prepare, run_facts
 from bayesian_lora.experiment.starts import check_starts, find_starts, place_starts
@@ -29,11 +31,17 @@ from bayesian_lora.objective import NonFiniteLoss
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.samplers.base import Diverged
+from bayesian_lora.samplers.schedules import BurnIn
 from bayesian_lora.sampling import RunState, spread_start
+from bayesian_lora.utils.checkpoint import write_checkpoint
+from bayesian_lora.utils.files import write_atomic
+from bayesian_lora.utils.lock import locked
 from bayesian_lora.utils.lora_params import split
-from bayesian_lora.warm_start import EpochReport, WarmStart
+from bayesian_lora.warm_start import EpochReport, StepReport, WarmStart
 
 MANIFEST_EVERY_MEMBER_UP_TO = 200
+ROWS_A_PART = 256
+"""Rows of traces held, at most, before they are written; a checkpoint holds the others."""
 
 
 def train(config: Config, progress: Progress | None = None) -> Path:
@@ -46,21 +54,22 @@ def train(config: Config, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     assert config.output.dir is not None
     folder = RunFolder(config.output.dir)
-    folder.check_free(config.output.overwrite)
+    find_earlier(config)
     starts = find_starts(config)
     setup = prepare(config, progress)
     if starts is not None:
         check_starts(setup, *starts)
-    folder.begin(dump_config(config), run_facts(setup))
-    run = Run(setup, folder, progress, None if starts is None else starts[0])
-    with _recorded(folder, run):
-        with run.timed("train_s"):
-            run.warm_start()
-        with run.timed("sample_s"):
-            run.sample()
-        folder.finish("sampled", **run.facts())
-    evaluate_run(folder.root, progress=progress, setup=setup)
-    folder.finish("finished", **run.facts())
+    with locked(folder.root), Stop().installed() as stop:
+        run = Run(setup, folder, progress, stop, None if starts is None else starts[0])
+        with _recorded(folder, run):
+            run.open(go_on=find_earlier(config))
+            with run.timed("train_s"):
+                run.warm_start()
+            with run.timed("sample_s"):
+                run.sample()
+            folder.finish("sampled", **run.facts())
+        evaluate_run(folder.root, progress=progress, setup=setup)
+        folder.finish("finished", **run.facts())
     return folder.root
 
 
@@ -77,6 +86,8 @@ def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
             f"{folder.root}; lower sampler.step_size or train.lr"
         ) from error
     except BaseException as error:
+        if not run.opened:
+            raise
         run.save()
         reason = f"{type(error).__name__} in {run.logger.place()}"
         folder.finish("stopped", reason=reason, **run.facts())
@@ -93,9 +104,10 @@ class Run:
         setup: Setup,
         folder: RunFolder,
         progress: Progress,
+        stop: Stop,
         starts: Ensemble | None = None,
     ) -> None:
-        self.setup, self.folder, self.progress = setup, folder, progress
+        self.setup, self.folder, self.progress, self.stop = setup, folder, progress, stop
         self.config, self.starts = setup.config, starts
         self.peft_config = adapter_config(setup.model.info.spec)
         self.writer = MemberWriter(folder.root, self.peft_config, self.config.sampler.num_samples)
@@ -104,22 +116,84 @@ class Run:
         self.logger = StepLogger(folder, progress, self.config.sampler.temperature)
         self.account: Account | None = None
         self.prior_search: dict[str, Any] | None = None
-        self._traces_written = 0
-        self._trace_parts = 0
+        self.opened = False
+        self.resumed: dict[str, Any] | None = None
         self._before_collection: int | None = None
+        self._stage = "map"
+        self._saved = time.monotonic()
+
+    def open(self, go_on: bool) -> None:
+        """Begin in a fresh folder, or go on from the folder's checkpoint."""
+        root = self.folder.root
+        tree, trouble = read_state(root) if go_on else (None, None)
+        if tree is None:
+            self.folder.begin(dump_config(self.config), run_facts(self.setup))
+            self.opened = True
+            return
+        check_same_inputs(root, self.setup)
+        if trouble:
+            self.progress.say(f"Warning: {trouble}; going on from the one before it")
+        self.folder.reopen(tree["folder"])
+        write_atomic(root / "config.yaml", dump_config(self.config))
+        self.opened, self.resumed, self._stage = True, tree, tree["stage"]
+        self.setup.prior, self.prior_search = Prior(**tree["prior"]), tree["prior_search"]
+        self.seconds, self._before_collection = tree["seconds"], tree["before_collection"]
+        self.writer.load_state_dict(tree["writer"])
+        self.progress.say(f"Going on with the run in {root}\n")
+
+    def checkpoint(self) -> None:
+        """All that the next step depends on, and where the appended files stand."""
+        chains, account = self.state.chains, self.account
+        if chains is not None and len(chains.traces.rows) >= ROWS_A_PART:
+            self.folder.write_traces(chains.traces.take())
+        tree = {
+            "stage": self._stage,
+            "state": self.state.state_dict(),
+            "writer": self.writer.state_dict(),
+            "folder": self.folder.position(),
+            "prior": dataclasses.asdict(self.setup.prior),
+            "prior_search": self.prior_search,
+            "account": None if account is None else dataclasses.asdict(account),
+            "schedule": None if chains is None else dataclasses.asdict(chains.burn_in),
+            "seconds": dict(self.seconds),
+            "before_collection": self._before_collection,
+        }
+        write_checkpoint(self.folder.root / "checkpoint", tree)
+        self._saved = time.monotonic()
+
+    def _on_step(self, report: StepReport) -> None:
+        self.logger.step(report)
+        due = time.monotonic() - self._saved >= self.config.output.checkpoint_seconds
+        if due or self.stop.requested is not None:
+            self.checkpoint()
+        self.stop.raise_if_requested()
 
     @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """The block's wall time into `seconds`, however it ends."""
-        began = time.monotonic()
+    def _stepping(self) -> Iterator[None]:
+        """Steps are under way: signals wait for the end of one."""
+        self.stop.stepping = True
         try:
             yield
         finally:
-            self.seconds[name] = time.monotonic() - began
+            self.stop.stepping = False
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """The block's wall time added to `seconds`, however it ends."""
+        before, began = self.seconds[name], time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = before + time.monotonic() - began
 
     def warm_start(self) -> None:
         """Every chain's start, fitted or taken over, stored under ``map/``; spread if shared."""
-        self._resolve_prior()
+        tree = self.resumed
+        if tree is not None and self._stage != "map":
+            self.state.load_state_dict(tree["state"])
+            return
+        if tree is None:
+            self._resolve_prior()
         for line in prior_lines(self.setup):
             self.progress.say(line)
         if self.starts is None:
@@ -131,11 +205,14 @@ class Run:
         writer = MemberWriter(
             self.folder.root, self.peft_config, 1, subfolder="map", name="chain_{:d}", first=0
         )
+        writer.load_state_dict({"written": 0, "pack": []})
         self._store(writer, draw=0, step=step)
         if self.config.train.starts == "shared":
             setup = self.setup
             noise = setup.streams.noise
             spread_start(setup.model, setup.objective, self.config.train.jitter, noise)
+        self._stage = "ready"
+        self.checkpoint()
 
     def _resolve_prior(self) -> None:
         """``prior.std: auto``: search, or what the run whose starts are taken had found."""
@@ -158,7 +235,8 @@ class Run:
         """Fit all chains; the steps it took."""
         config, setup = self.config, self.setup
         shared = config.train.starts == "shared"
-        self._say_initial()
+        if self.resumed is None:
+            self._say_initial()
         first = slice(0, 1) if shared else slice(None)
         order = BatchOrder(len(setup.train), config.data.batch_size, setup.streams.order[first])
         warm = self.state.warm = WarmStart(
@@ -178,8 +256,11 @@ class Run:
             f"Training with AdamW for {config.train.epochs} epochs "
             f"(warm start of {config.sampler.name}, {fits})..."
         )
+        if self.resumed is not None:
+            self.state.load_state_dict(self.resumed["state"])
         self.logger.begin("map", warm.total)
-        warm.run(self.logger.step, self._say_epoch)
+        with self._stepping():
+            warm.run(self._on_step, self._say_epoch)
         self.progress.end()
         self.state.warm = None
         return warm.step
@@ -196,22 +277,34 @@ class Run:
                 f"Control variate: one pass over {len(self.setup.train)} examples a chain now, "
                 "then one more gradient a step"
             )
-        chains = self.state.chains = make_chains(self.setup)
+        tree = self.resumed if self._stage == "chains" else None
+        chains = self.state.chains = make_chains(self.setup, fresh=tree is None)
         say(f"Target: {chains.sampler.exactness}; law on a quadratic: {chains.sampler.law}")
         if (word := tempering(config.sampler.temperature)) != "posterior":
             say(f"Temperature {config.sampler.temperature:g}: a {word} posterior")
-        self.account = open_account(self.setup, chains)
+        if tree is None:
+            self.account = open_account(self.setup, chains)
+            self.folder.write_starts(chains.traces.measure())
+            self._stage = "chains"
+            self.checkpoint()
+        else:
+            self.account = Account(**tree["account"])
+            chains.burn_in = BurnIn(**tree["schedule"])
+            self.state.load_state_dict(tree["state"])
         for line in account_lines(self.account, config.sampler.bias):
             say(line)
-        self.folder.write_starts(chains.traces.measure())
         say(f"Burn-in phase: {chains.burn_in.steps} steps")
         self.logger.begin("burn_in", chains.burn_in.steps)
-        chains.run_burn_in(self.logger.step)
+        with self._stepping():
+            chains.run_burn_in(self._on_step)
         say(f"Collecting {config.sampler.num_samples} samples (thinning: {config.sampler.thin})")
         self.logger.begin("sampling", chains.thinning.steps)
-        self._before_collection = self.setup.objective.evaluations
-        chains.collect(self.logger.step, self._keep_draw)
+        if self._before_collection is None:
+            self._before_collection = self.setup.objective.evaluations
+        with self._stepping():
+            chains.collect(self._on_step, self._keep_draw)
         self.progress.end()
+        self.checkpoint()
         self.save()
 
     def _keep_draw(self, draw: int) -> None:
@@ -242,11 +335,7 @@ class Run:
         """Members of an unfinished pack, traces, manifest."""
         self.writer.flush()
         if self.state.chains is not None:
-            arrays = self.state.chains.traces.arrays(self._traces_written)
-            if arrays:
-                self._trace_parts += 1
-                self.folder.write_traces(self._trace_parts, arrays)
-                self._traces_written = len(self.state.chains.traces.rows)
+            self.folder.write_traces(self.state.chains.traces.take())
         self._write_manifest()
 
     def _write_manifest(self) -> None:

@@ -24,14 +24,18 @@ class ControlVariate:
 
     Args:
         params: the sampled parameters, at θ*.
-        full: the closure of the whole training set; called once.
+        full: the closure of the whole training set; called once. None if `load_state_dict` follows.
 
     Raises:
         ValueError: a parameter has no gradient after `full`.
     """
 
-    def __init__(self, params: Iterable[Tensor], full: Closure) -> None:
+    def __init__(self, params: Iterable[Tensor], full: Closure | None) -> None:
         self.params = list(params)
+        self.anchor: list[Tensor] = []
+        self.full_gradient: list[Tensor] = []
+        if full is None:
+            return
         with torch.enable_grad():
             full()
         if any(p.grad is None for p in self.params):
@@ -64,9 +68,9 @@ class ControlVariate:
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Undo `state_dict`."""
-        for own, given in ((self.anchor, "anchor"), (self.full_gradient, "full_gradient")):
-            for tensor, value in zip(own, state[given], strict=True):
-                tensor.copy_(value)
+        device = self.params[0].device
+        self.anchor = [t.to(device, copy=True) for t in state["anchor"]]
+        self.full_gradient = [t.to(device, copy=True) for t in state["full_gradient"]]
 
     def _correct(self, batch: Closure) -> list[Tensor]:
         """The correction of this batch; θ and its gradient are as before afterwards."""
