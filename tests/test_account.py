@@ -3,6 +3,7 @@
 Shapes: M chains, d parameters of a chain. Units: `bayesian_lora.samplers.base`.
 """
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -193,12 +194,66 @@ def test_a_control_variate_is_measured_a_posterior_width_away():
         rows = torch.randint(N, (10, BATCH), generator=problem.rng)
         return control.closure(scaled(rows))
 
-    at_start = measure(problem.sampler, batch, full)
-    away = measure(problem.sampler, batch, full, away=True)
-    assert at_start.variance < 1e-20
+    plain = problem.batch
+    along = [control.closure(scaled(torch.arange(8).expand(10, -1))) for _ in range(2)]
+    gradients = []
+    for closure in along:
+        closure()
+        gradients.append(problem.theta.grad.clone())  # type: ignore[union-attr]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    away = measure(problem.sampler, plain, full, batch)
+    assert away.grows
     # the spread of k_i (θ − θ*) over examples, θ − θ* of variance 1/(N k)
     expected = 9.0 * float(scale.var(unbiased=False)) / BATCH / (N * 3.0)
     assert away.variance == pytest.approx(expected, rel=0.8)
+    far = away.variance_at(problem.sampler, 0.01, 10_000)
+    assert far == pytest.approx(away.variance * 2 * 10_000 * 0.01 * away.k_max)
+    assert away.variance_at(problem.sampler, 1e-9, 10) == away.variance
+    widest = away.variance * away.k_max / away.k_prior
+    assert away.variance_at(problem.sampler, 0.01, 10**9) == pytest.approx(widest)
+
+
+def test_auto_bounds_the_heat_of_a_run_that_leaves_the_control_variate():
+    """d = 100, one stiff direction: at the end T_eff is at most what the account says, and not
+    what it would be one stiff width away (47 times less, measured)."""
+    n, d, batch_size, chains = 400, 100, 8, 200
+    rng = torch.Generator().manual_seed(1)
+    k = torch.full((d,), 0.1, dtype=torch.float64)
+    k[0] = 10.0
+    x = torch.randn(n, d, generator=rng, dtype=torch.float64) * k.sqrt()
+    theta = torch.zeros(chains, d, dtype=torch.float64, requires_grad=True)
+    settings = {"step_size": 0.01, "num_examples": n, "prior_std": 1.0, "chain_dim": 0}
+    sampler = SGLD([theta], generators=rng, **settings)
+
+    def closure_of(rows: Tensor) -> Closure:
+        def compute() -> Tensor:
+            theta.grad = None
+            loss = 0.5 * (x[rows] * theta[:, None]).sum(-1).square().mean(1)
+            loss.sum().backward()
+            return loss.detach()
+
+        return compute
+
+    full = closure_of(torch.arange(n).expand(chains, -1))
+    control = ControlVariate([theta], full)
+
+    def plain() -> Closure:
+        return closure_of(torch.randint(n, (chains, batch_size), generator=rng))
+
+    found = measure(sampler, plain, full, lambda: control.closure(plain()))
+    steps = 400
+    account = account_of(sampler, found, step_size=None, bias=0.1, steps=steps)
+    near = account_of(
+        sampler, dataclasses.replace(found, grows=False), step_size=None, bias=0.1, steps=steps
+    )
+    assert near.step_size > 2 * account.step_size
+    sampler.param_groups[0]["lr"] = account.step_size
+    sampler.watch(found.direction, found.curvature)
+    for _ in range(steps):
+        sampler.step(control.closure(plain()))
+    t_eff = sampler.t_eff
+    assert t_eff is not None
+    assert 1.0 < t_eff.mean().item() < account.t_eff
 
 
 def test_the_lines_say_when_a_run_is_too_short():

@@ -46,6 +46,7 @@ ROWS: dict[float, tuple[str, ...]] = {
         "data.preparation",
         "samplers.base",
         "samplers.flat",
+        "samplers.heat",
     ),
     2: (
         "models.hf_lora",

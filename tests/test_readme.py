@@ -12,6 +12,7 @@ import pytest
 
 from bayesian_lora.config import Config, load_config
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.cells import make_plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,6 +35,7 @@ def test_readme_has_its_parts() -> None:
     assert len(PYTHON) >= 3
     assert len(COMMANDS) >= 10
     assert "PLACEHOLDER" not in README
+    assert "@@" not in README
 
 
 SMALL = [
@@ -93,7 +95,10 @@ def test_configs_and_overrides_are_valid(command: str) -> None:
     config = next(word for word in words if word.startswith("configs/"))
     overrides = [w for w in words if "=" in w and not w.startswith("ARGS")]
     try:
-        load_config(ROOT / config, overrides)
+        if " compare " in command:
+            make_plan(ROOT / config, overrides)
+        else:
+            load_config(ROOT / config, overrides)
     except InputError as error:
         pytest.fail(f"{command}: {error}")
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from bayesian_lora.errors import InputError
 from bayesian_lora.samplers.base import Closure, Sampler
 from bayesian_lora.samplers.flat import unit
-from bayesian_lora.samplers.psgld import PSGLD
 
+ADAPTING = 16
+"""Batch gradients from which a preconditioner is learnt first."""
 GRADIENTS = 50
 """Batch gradients for the variance, over all chains."""
 CURVATURE_STEPS = 10
@@ -36,24 +37,40 @@ SAFETY = 0.5
 class Measured:
     """Along the stiffest direction at the warm start, in the sampler's metric.
 
-    k_max: largest curvature of U/N over the chains. k_prior: the least curvature there is, the
-    prior's. variance: of a batch gradient along the direction, mean over chains. direction: unit
-    vectors (M, d).
+    k_max: largest curvature of U/N over the chains, in modulus. k_prior: the least curvature there
+    is, the prior's. variance: of a batch gradient along the direction, mean over chains; `grows`:
+    with the distance from the warm start. direction: unit vectors (M, d); curvature: along them
+    (M,).
     """
 
     k_max: float
     k_prior: float
     variance: float
+    grows: bool
     direction: Tensor
+    curvature: Tensor
+
+    def variance_at(self, sampler: Sampler, h: float, steps: int) -> float:
+        """The variance by the end of a run of step size h: where it grows, with the square of the
+        distance, for which every coordinate is taken to diffuse freely up to its prior.
+
+        An upper bound: (Δθ)² over T/(N k_max) is at most 2·steps/relaxation and k_max/k_prior.
+        """
+        if not self.grows:
+            return self.variance
+        diffused = 2.0 * steps / sampler.relaxation_steps(h, self.k_max)
+        widest = self.k_max / self.k_prior if self.k_prior > 0 else math.inf
+        return self.variance * max(1.0, min(diffused, widest))
 
 
 @dataclass(frozen=True)
 class Account:
     """A step size and what it entails. Biases are relative to the target's variance along k_max.
 
-    discretisation: α h k_max (SGLD: h·k_max/2). heat: η N h v/(2T) (None at T = 0). t_eff: with
-    that heat. largest_stable: by the sampler's own limit. relaxation: steps to 1/e along the
-    stiffest direction; relaxation_prior: where only the prior holds; steps: planned, a chain.
+    discretisation: α h k_max (SGLD: h·k_max/2). heat: η N h v/(2T) (None at T = 0), with the v of
+    the run's end where it grows (`Measured.variance_at`). t_eff: with that heat. largest_stable: by
+    the sampler's own limit. relaxation: steps to 1/e along the stiffest direction;
+    relaxation_prior: where only the prior holds; steps: planned, a chain.
     """
 
     step_size: float
@@ -75,39 +92,39 @@ class Account:
 
 def measure(
     sampler: Sampler,
-    batch: Callable[[], Closure],
+    plain: Callable[[], Closure],
     fixed: Closure,
-    away: bool = False,
+    reduced: Callable[[], Closure] | None = None,
 ) -> Measured:
     """Curvature by power iteration, then the gradient's variance along it; θ stays as it is.
 
     Args:
         sampler: over the parameters, at the warm start.
-        batch: a closure of a new i.i.d. batch at every call, of the size used while sampling.
+        plain: a closure of a new i.i.d. batch at every call, of the size used while sampling.
         fixed: the closure whose curvature is taken, the same batch at every call.
-        away: measure the variance one posterior width √(T/(N k_max)) off in every coordinate, for
-            gradients whose variance vanishes at the warm start (`ControlVariate`).
+        reduced: as `plain`, with the control variate, where the run has one. Its variance vanishes
+            at the warm start, so it is measured one posterior width √(T/(N k_max)) off in every
+            coordinate; it grows with the distance (`Measured.variance_at`).
     """
-    rounds = max(4, -(-GRADIENTS // sampler.num_chains))
-    if isinstance(sampler, PSGLD):
-        for _ in range(rounds):
-            sampler.adapt(_drift(sampler, batch()))
-    start = _guess(_drift(sampler, batch()) - _drift(sampler, batch()))
+    for _ in range(ADAPTING if sampler.metric(_drift(sampler, fixed)) is not None else 0):
+        sampler.adapt(_drift(sampler, plain()))
+    start = _guess(_drift(sampler, plain()) - _drift(sampler, plain()))
     curvature, direction = top_curvature(sampler, fixed, start)
     k_prior = _prior_curvature(sampler, direction)
-    k_max = max(float(curvature.max()), k_prior)
+    k_max = max(float(curvature.abs().max()), k_prior)
     offset = torch.zeros_like(direction)
-    if away:
+    if reduced is not None:
         metric = sampler.metric(direction)
         width = math.sqrt(sampler.mean_temperature() / (sampler.num_examples * k_max))
         offset = width * sampler.normal(direction)
         offset = offset if metric is None else metric.sqrt() * offset
+    batch, along = reduced or plain, []
     with displaced(sampler, offset):
-        along = [
-            (direction * sampler.whitened(_drift(sampler, batch()))).sum(1).double()
-            for _ in range(rounds)
-        ]
-    return Measured(k_max, k_prior, float(torch.stack(along).var(0).mean()), direction)
+        for _ in range(max(4, -(-GRADIENTS // sampler.num_chains))):
+            g = sampler.whitened(_drift(sampler, batch()))
+            along.append((direction * g).sum(1).cpu().double())
+    variance = float(torch.stack(along).var(0).mean())
+    return Measured(k_max, k_prior, variance, reduced is not None, direction, curvature)
 
 
 def top_curvature(sampler: Sampler, closure: Closure, start: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +144,7 @@ def top_curvature(sampler: Sampler, closure: Closure, start: Tensor) -> tuple[Te
         with displaced(sampler, scale * step):
             there = _drift(sampler, closure)
         image = root * (there - here) / scale
-        before, curvature = curvature, (v * image).sum(1).double().cpu()
+        before, curvature = curvature, (v * image).sum(1).cpu().double()
         v = unit(torch.where((image == 0).all(1, keepdim=True), v, image))
         if bool(((curvature - before).abs() <= CURVATURE_TOLERANCE * curvature.abs()).all()):
             break
@@ -165,36 +182,40 @@ def account_of(
     steps: int,
     burn_in_step_size: float | None = None,
 ) -> Account:
-    """The account of a step size; None chooses it so that both biases add up to `bias`.
-
-    h = bias/(α k_max + η N v/(2T)), and at most half the largest stable step.
+    """The account of a step size; None chooses it so that both biases add up to `bias`:
+    α h k_max + η N h v/(2T) = bias, and at most half the largest stable step.
 
     Raises:
         InputError: a step size is unstable by the sampler's own limit.
     """
-    t = sampler.mean_temperature()
-    k, n = measured.k_max, sampler.num_examples
+    t, k = sampler.mean_temperature(), measured.k_max
     largest = sampler.stability / k
-    heat_per_step = 0.5 * sampler.heat_gain * n * measured.variance
     for key, value in {"step_size": step_size, "burn_in_step_size": burn_in_step_size}.items():
         if value is not None and value >= largest:
             raise InputError(
                 f"sampler.{key}={value:g}: unstable, the chain would diverge; at the warm start "
                 f"the largest curvature is {k:.3g}, and {type(sampler).__name__} is stable below "
-                f"{sampler.stability:.3g}/{k:.3g} = {largest:.3g}: set sampler.{key} below that, "
-                "or sampler.step_size=auto"
+                f"{sampler.stability:.3g}/{k:.3g} = {largest:.3g}: set sampler.{key} below that"
+                + (", or to auto" if key == "step_size" else ", or leave it out")
             )
+
+    def heat(h: float) -> float:
+        gain = sampler.planned_heat_gain or sampler.heat_gain
+        return 0.5 * gain * sampler.num_examples * h * measured.variance_at(sampler, h, steps)
+
+    if step_size is None and t == 0:
+        raise InputError("sampler.step_size=auto weighs noise against the temperature, which is 0")
     h = step_size
     if h is None:
-        h = min(bias / (sampler.bias_gain * k + heat_per_step / t), SAFETY * largest)
+        h = _largest(lambda h: sampler.bias_gain * h * k + heat(h) / t <= bias, SAFETY * largest)
     return Account(
         step_size=h,
         auto=step_size is None,
         k_max=k,
-        variance=measured.variance,
+        variance=measured.variance_at(sampler, h, steps),
         discretisation=sampler.bias_gain * h * k,
-        heat=h * heat_per_step / t if t > 0 else None,
-        t_eff=t + h * heat_per_step,
+        heat=heat(h) / t if t > 0 else None,
+        t_eff=t + heat(h),
         largest_stable=largest,
         relaxation=sampler.relaxation_steps(h, k),
         relaxation_prior=_relaxation(sampler, h, measured.k_prior),
@@ -202,8 +223,22 @@ def account_of(
     )
 
 
-def account_lines(a: Account, bias: float) -> list[str]:
-    """The account for a person, with a warning where the run is shorter than it relaxes."""
+def _largest(allowed: Callable[[float], bool], most: float) -> float:
+    """The largest h up to `most` that is allowed; allowed is what is small."""
+    if allowed(most):
+        return most
+    low, high = 0.0, most
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if allowed(middle) else (low, middle)
+    return low
+
+
+def account_lines(a: Account, bias: float, can_reduce: bool = True) -> list[str]:
+    """The account for a person, with a warning where the run is shorter than it relaxes.
+
+    `can_reduce`: the gradient's variance is not reduced yet.
+    """
     origin = f"auto, for a bias of {bias:g}" if a.auto else "as given"
     heat = "not defined at T = 0" if a.heat is None else f"{a.heat:.3g}"
     lines = [
@@ -217,10 +252,11 @@ def account_lines(a: Account, bias: float) -> list[str]:
         f"only the prior holds; a chain will make {a.steps}",
     ]
     if a.steps < a.relaxation_prior:
+        more = " or sampler.variance_reduction=true (larger h)" if can_reduce and a.auto else ""
         which = "any direction" if a.steps < a.relaxation else "directions that the data leave free"
         lines.append(
             f"  Warning: too short for {which}: expect 'not mixed', an ensemble of its starts; "
-            "more steps, a narrower prior or sampler.variance_reduction=true (larger h) help"
+            f"more steps, a narrower prior{more} help"
         )
     return lines
 

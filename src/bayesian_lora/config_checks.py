@@ -26,7 +26,7 @@ def check_consistency(config: Config) -> None:
     """Raises InputError for keys that contradict each other."""
     sampler, data, train = config.sampler, config.data, config.train
     if sampler.name not in SAMPLERS:
-        near = difflib.get_close_matches(sampler.name, SAMPLERS, 1)
+        near = difflib.get_close_matches(sampler.name.lower(), SAMPLERS, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(
             f"sampler.name={sampler.name}: unknown sampler{hint}; known: {', '.join(SAMPLERS)}"
@@ -48,6 +48,8 @@ def check_consistency(config: Config) -> None:
         )
     if not config.prior.candidates:
         raise InputError("prior.candidates=[]: give at least one standard deviation")
+    if len(set(config.prior.candidates)) < len(config.prior.candidates):
+        raise InputError(f"prior.candidates={config.prior.candidates}: a value stands twice")
     if train.patience is not None and not train.early_stopping:
         raise InputError(
             f"train.patience={train.patience} acts only with early stopping: "
@@ -91,11 +93,17 @@ def _check_sampler(s: SamplerConfig) -> None:
 def _check_cycles(s: SamplerConfig) -> None:
     share = EXPLORE_FRACTION if s.explore_fraction is None else s.explore_fraction
     cycle = Cycle(s.cycle_steps or CYCLE_STEPS, share)
+    if cycle.sampling_steps < 1:
+        raise InputError(
+            f"sampler.explore_fraction={share:g}: leaves no sampling step in a cycle of "
+            f"{cycle.steps}; lower it, or make sampler.cycle_steps longer"
+        )
     if s.burn_in % cycle.steps:
         nearest = -(-s.burn_in // cycle.steps) * cycle.steps
         raise InputError(
             f"sampler.burn_in={s.burn_in}: csgld burns in whole cycles of "
-            f"sampler.cycle_steps={cycle.steps}: set sampler.burn_in={nearest} or 0"
+            f"sampler.cycle_steps={cycle.steps}: set sampler.burn_in={nearest} or 0, "
+            "or other cycles"
         )
     if s.thin > cycle.sampling_steps:
         raise InputError(

@@ -93,7 +93,7 @@ class TrainConfig:
     lr: Positive = 1e-3
     warmup_share: Share = 0.06
     starts: Literal["independent", "shared"] = "independent"
-    jitter: Annotated[float, Field(ge=0)] = 0.01
+    jitter: NonNegative = 0.01
     early_stopping: bool = False
     patience: Count | None = None
     micro_batch: Count | None = None

@@ -50,13 +50,16 @@ class Objective:
         self.evaluations = 0
         """Gradient evaluations of a chain's batch so far."""
 
-    def closure(self, rows: np.ndarray, evaluations: int = 1) -> Closure:
+    def closure(
+        self, rows: np.ndarray, evaluations: int = 1, micro_batch: int | None = None
+    ) -> Closure:
         """The closure of one batch (M, B) of the training set; see `Sampler`'s units.
 
         It raises `NonFiniteLoss` before any gradient is used. `evaluations`: how many batches'
-        worth of work a call counts as.
+        worth of work a call counts as. `micro_batch`: in the place of the objective's own.
         """
         called = False
+        size = micro_batch or self.micro_batch
 
         def compute() -> Tensor:
             nonlocal called
@@ -65,7 +68,7 @@ class Objective:
                 self.log_noise.grad = None
             total = torch.zeros(rows.shape[0], device=self.model.device)
             correct = torch.zeros_like(total)
-            for batch in self.data.micro_batches(rows, self.micro_batch, self.model.device):
+            for batch in self.data.micro_batches(rows, size, self.model.device):
                 outputs = self.model(**batch.inputs)
                 noise = None if self.log_noise is None else self.log_noise.exp()
                 nll = negative_log_likelihood(self.likelihood, outputs, batch.labels, noise)

@@ -58,8 +58,9 @@ class RunFolder:
             return
         record = self.root / "run.json"
         if not record.is_file():
+            what = "a comparison" if (self.root / "comparison.json").is_file() else "other files"
             raise InputError(
-                f"output.dir={str(self.root)!r} holds other files and no run; "
+                f"output.dir={str(self.root)!r} holds {what} and no run; "
                 "name another folder with output.dir=…"
             )
         if not overwrite:

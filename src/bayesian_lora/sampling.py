@@ -77,10 +77,10 @@ class Chains:
     def collect(self, on_step: OnStep, on_draw: Callable[[int], None]) -> None:
         """Go on to the last draw; `on_draw(draw)` finds the draw in the model's tensors."""
         while (done := self.step - self.burn_in.steps) < self.thinning.steps:
-            if done == 0 and "watched" in self.sampler.memory:
-                self.sampler.watch(self.sampler.memory["watched"])  # forgets burn-in
+            if done == 0 and (watch := self.sampler.memory.get("watch")) is not None:
+                self.sampler.watch(watch["direction"], watch["curvature"])  # forgets burn-in
             report = self._one_step("sampling", self.burn_in.end, done + 1, self.thinning.steps)
-            if (done + 1) % self.trace_every == 0:
+            if (done + 1) % self.trace_every == 0 and self.thinning.sampled(done + 1):
                 self.traces.record()
             draw = self.thinning.draw_after(done + 1)
             if draw is not None:
@@ -106,6 +106,7 @@ class Chains:
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "step_sizes": [self.burn_in.start, self.burn_in.end],
             "sampler": copy.deepcopy(self.sampler.state_dict()),
             "control": None if self.control is None else self.control.state_dict(),
             "traces": {name: torch.from_numpy(x) for name, x in self.traces.arrays().items()},
@@ -113,6 +114,7 @@ class Chains:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
+        self.burn_in = BurnIn(self.burn_in.steps, *state["step_sizes"])
         self.sampler.load_state_dict(state["sampler"])
         if self.control is not None:
             self.control.load_state_dict(state["control"])

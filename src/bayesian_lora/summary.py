@@ -11,8 +11,9 @@ def evaluation_lines(m: Figures) -> list[str]:
     """What `eval` prints: the ensemble's line, the task's own metrics, the analysis block."""
     ensemble, statistics = m["ensemble"], m["parameters"]
     k = ensemble["k"]
+    cold = _cold(m)
     return [
-        f"LoRA Ensemble@{k} — {_headline(ensemble)} | NLL: {ensemble['nll']:.4f}",
+        f"LoRA Ensemble@{k}{cold} — {_headline(ensemble)} | NLL: {ensemble['nll']:.4f}",
         f"Dataset metrics: {_own(m)}",
         "",
         "LoRA Analysis:",
@@ -34,7 +35,7 @@ def table_lines(m: Figures) -> list[str]:
         "MAP, temperature-scaled": m["map_temperature_scaled"],
         "MAP ensemble (deep ensemble)": m["map_ensemble"],
         "single sample (mean)": {k: v["mean"] for k, v in m["single"].items()},
-        f"posterior ensemble of {m['ensemble']['k']}": m["ensemble"],
+        f"posterior ensemble of {m['ensemble']['k']}{_cold(m)}": m["ensemble"],
     }
     names = [n for n in SHOWN if m["ensemble"].get(n) is not None]
     lines = [f"{'':<30}" + "".join(f"{name:>10}" for name in names)]
@@ -62,10 +63,14 @@ def closing_lines(m: Figures) -> list[str]:
     d = m["diagnostics"]
     lines += [
         f"Effective temperature along the stiffest direction: {_number(d['t_eff'])} with minibatch "
-        f"noise, {m['temperature']:g} asked for",
+        f"noise, {m['temperature']:g}{_cold(m)} asked for",
         f"Chains: {d['verdict']}: {d['reason']}" if d.get("reason") else f"Chains: {d['verdict']}",
     ]
     return lines
+
+
+def _cold(m: Figures) -> str:
+    return " (cold)" if m.get("tempering") == "cold" else ""
 
 
 def _headline(figures: Figures) -> str:

@@ -170,9 +170,9 @@ def test_watching_is_half_the_mean_square_of_successive_differences():
         variance = along.diff(dim=0).square().mean(0) / 2
         torch.testing.assert_close(sampler.stats["t_eff"], 0.5 + 20 * 0.05 * variance / 2)
     assert sampler.t_eff is sampler.stats["t_eff"]
-    sampler.watch(sampler.memory["watched"])
+    sampler.watch(sampler.memory["watch"]["direction"])
     assert sampler.t_eff is None
-    assert torch.equal(sampler.memory["watched"], w)
+    assert torch.equal(sampler.memory["watch"]["direction"], w)
 
 
 def test_the_direction_is_copied():

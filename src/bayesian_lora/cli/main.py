@@ -42,7 +42,9 @@ def root(
     epilog="Examples:\n\n"
     "bayesian-lora train configs/demo.yaml\n\n"
     "bayesian-lora train configs/experiment_sst2_bert_sgld.yaml model.name=minilm "
-    "data.train_examples=5000"
+    "data.train_examples=5000\n\n"
+    "bayesian-lora train configs/demo.yaml sampler.name=sghmc sampler.step_size=auto "
+    "output.dir=runs/sghmc"
 )
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
@@ -52,6 +54,8 @@ def train(
     from bayesian_lora.config import load_config
 
     resolved = load_config(config, overrides or ())
+    if resolved.compare:
+        typer.echo("The compare: section acts in 'bayesian-lora compare' only; this is one run.")
     from bayesian_lora.experiment.train import train as run
 
     run(resolved)
@@ -131,6 +135,8 @@ def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str |
             f"{folder}: no run there yet; make it with 'bayesian-lora train {run}', or name a "
             "run's folder"
         )
+    if (folder / "comparison.json").is_file():
+        raise InputError(f"{folder}: a comparison; name the folder of one of its cells, in it")
     own = load_config(folder / "config.yaml")
     given = {key: value_of(config, key) for key in (item.partition("=")[0] for item in overrides)}
     for key, value in given.items():

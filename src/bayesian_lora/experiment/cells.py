@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora.config import Config, load_config
+from bayesian_lora.config import SAMPLERS, Config, load_config
 from bayesian_lora.errors import InputError
 
 Settings = dict[str, Any]
@@ -166,11 +166,14 @@ def cell_names(combinations: Sequence[Sequence[str]]) -> list[str]:
 
 
 def settings_of(config: Config) -> Settings:
-    """Every key that makes a run what it is: dotted, without ``output``, ``compare`` and
-    ``train.starts_from``, which says only where an equal warm start lies.
+    """Every key that makes a run what it is: dotted, without ``output``, ``compare``,
+    ``train.starts_from``, which says only where an equal warm start lies, and keys of samplers
+    other than the run's.
     """
     flat = _flatten(dataclasses.asdict(config))  # type: ignore[call-overload]
-    return {key: value for key, value in flat.items() if not _below(key, NOT_AXES)}
+    own = SAMPLERS[config.sampler.name]
+    idle = [f"sampler.{key}" for keys in SAMPLERS.values() for key in keys if key not in own]
+    return {k: v for k, v in flat.items() if not _below(k, NOT_AXES) and k not in idle}
 
 
 def start_of(config: Config) -> Settings:

@@ -57,6 +57,8 @@ def compare(
         _check_inputs(cell)
     comparison = Comparison(plan, progress)
     comparison.open()
+    varied = ", ".join(f"{key} ({len(values)})" for key, values in plan.axes.items())
+    progress.say(f"{len(plan.cells)} cells over {varied}, in {plan.root}")
     with _resumable(comparison, config_path, arguments):
         for number, cell in enumerate(plan.cells, start=1):
             comparison.run(cell, f"[{number}/{len(plan.cells)}] {cell.name}")
@@ -136,6 +138,7 @@ class Comparison:
     def _take_over(self, old: Entry) -> None:
         there, here = _terms(old["axes"], old["config"]), _terms(self.plan.axes, self.plan.common())
         if found := differences(there, here):
+            found = [*found[:4], f"and {len(found) - 4} more"] if len(found) > 5 else found
             raise InputError(
                 f"output.dir={str(self.root)!r} holds another comparison ({'; '.join(found)}): "
                 "keep both with output.dir=<new folder>, or replace it with output.overwrite=true"

@@ -9,7 +9,17 @@ from bayesian_lora.summary import SHOWN
 
 Figures = dict[str, Any]
 
-AFTER = ("rhat_max", "ess_per_1000", "t_eff", "verdict", "seconds", "status")
+AFTER = (
+    "step_size",
+    "targets",
+    "tempering",
+    "rhat_max",
+    "ess_per_1000",
+    "t_eff",
+    "verdict",
+    "seconds",
+    "status",
+)
 DIAGNOSTICS = ("rhat_max", "ess_bulk_min", "t_eff", "verdict", "reason")
 ALIKE = {
     "task": "the task",
@@ -35,6 +45,8 @@ def figures_of(metrics: Figures, run: Figures) -> Figures:
         "n": metrics["n"],
         "k": metrics["ensemble"]["k"],
         "tempering": f"{metrics['tempering']}, T = {metrics['temperature']:g}",
+        "step_size": metrics["sampler"]["step_size"],
+        "targets": metrics["sampler"]["exactness"],
         "metrics": {**rows, "diagnostics": {name: diagnostics[name] for name in DIAGNOSTICS}},
         "gradient_evaluations": cost["gradient_evaluations"],
         "sampling_gradient_evaluations": evaluations,
@@ -71,7 +83,7 @@ def _row(keys: Sequence[str], names: Sequence[str], entry: Figures) -> dict[str,
     row["map_ensemble_nll"] = metrics["map_ensemble"]["nll"]
     row |= {name: metrics["ensemble"].get(name) for name in names}
     row |= {name: metrics["diagnostics"][name] for name in ("rhat_max", "t_eff", "verdict")}
-    row["ess_per_1000"] = entry["ess_per_1000"]
+    row |= {name: entry[name] for name in ("step_size", "targets", "tempering", "ess_per_1000")}
     row["seconds"] = entry["seconds"]["wall_s"]
     return row
 
@@ -126,4 +138,6 @@ def _shown(name: str, value: Any) -> str:
         return "n/a"
     if isinstance(value, str):
         return value
+    if name == "step_size":
+        return f"{value:.3g}"
     return f"{value:.1f}" if name in ("seconds", "ess_per_1000") else f"{value:.4f}"

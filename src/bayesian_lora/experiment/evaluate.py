@@ -32,6 +32,8 @@ from bayesian_lora.utils.files import read_json
 from bayesian_lora.utils.lora_params import chain_norm
 
 Figures = dict[str, Any]
+STATED = ("name", "step_size", "exactness", "law", "variance_reduction")
+"""What a sampler says of itself, from the manifest into `metrics.json`."""
 Members = Literal["all", "latest"] | int
 
 
@@ -93,6 +95,7 @@ def evaluate_run(
         "sample_range": _sample_range(full, chosen),
         "temperature": full.provenance.sampler["temperature"],
         "tempering": full.provenance.sampler["tempering"],
+        "sampler": {name: full.provenance.sampler.get(name) for name in STATED},
     }
     if len(chosen) == len(full):
         folder = RunFolder(root)

@@ -83,7 +83,26 @@ def prior_lines(setup: Setup) -> list[str]:
     same = prior.head_std == prior.std
     where = "every parameter" if same else f"the factors, N(0, {prior.head_std:g}²) on the head"
     line = f"Prior: N(0, {prior.std:g}²) on {where}; an entry of ΔW has prior sd {spread:.4g}"
-    return [line, *_prior_warning(prior.std, len(setup.train))]
+    return [line, *_prior_warning(prior.std, len(setup.train)), *_slow_warning(setup)]
+
+
+def _slow_warning(setup: Setup) -> list[str]:
+    """A word before the fit where the prior alone needs more steps than the run has, Nσ²/h.
+
+    Known beforehand for a fixed step size of a rule without preconditioner; the account after the
+    fit says the rest.
+    """
+    s, n = setup.config.sampler, len(setup.train)
+    planned = s.burn_in + s.thin * (s.num_samples // s.chains)
+    if s.step_size == "auto" or s.name in {"psgld", "sghmc", "sgnht"}:
+        return []
+    needed = n * setup.prior.std**2 / s.step_size
+    if needed <= planned:
+        return []
+    return [
+        f"Warning: where only the prior holds, a chain forgets in Nσ²/h = {needed:.3g} steps and "
+        f"will make {planned}: expect 'not mixed'"
+    ]
 
 
 def _prior_warning(std: float, num_examples: int) -> list[str]:

@@ -30,11 +30,12 @@ def provenance(setup: Setup, chains: Chains | None) -> Provenance:
 
 def _sampler(setup: Setup, chains: Chains | None) -> dict[str, Any]:
     s = setup.config.sampler
+    measured = chains is not None and "watch" in chains.sampler.memory
     shared = setup.config.train.starts == "shared"
     given = {key: getattr(s, key) for key in SAMPLERS[s.name]}
     return {
         "name": s.name,
-        "step_size": s.step_size if chains is None else chains.burn_in.end,
+        "step_size": s.step_size if chains is None or not measured else chains.burn_in.end,
         **{key: value for key, value in given.items() if value is not None},
         "temperature": s.temperature,
         "tempering": tempering(s.temperature),

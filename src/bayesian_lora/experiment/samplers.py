@@ -91,7 +91,7 @@ def make_chains(setup: Setup, fresh: bool = True) -> Chains:
         setup.objective,
         sampler,
         BatchOrder(n, config.data.batch_size, setup.streams.batches),
-        BurnIn(s.burn_in, PROVISIONAL, PROVISIONAL),
+        BurnIn(s.burn_in, sampler.param_groups[0]["lr"], sampler.param_groups[0]["lr"]),
         thinning,
         Traces(setup.objective, setup.groups, probe, subset, config.seed),
         s.trace_every or max(1, s.thin // TRACES_A_DRAW),
@@ -105,7 +105,8 @@ def make_control(setup: Setup, fresh: bool) -> ControlVariate:
         return ControlVariate(setup.model.chain_parameters().values(), None)
     n = len(setup.train)
     batches = -(-n // setup.config.data.batch_size)
-    full = setup.objective.closure(setup.all_rows(), evaluations=batches)
+    size = setup.objective.micro_batch or setup.config.data.batch_size
+    full = setup.objective.closure(setup.all_rows(), evaluations=batches, micro_batch=size)
     return ControlVariate(setup.model.chain_parameters().values(), full)
 
 
@@ -120,11 +121,16 @@ def open_account(setup: Setup, chains: Chains) -> Account:
     order = BatchOrder(n, config.data.batch_size, setup.streams.probe)
     fixed = BatchOrder(n, CURVATURE_BATCHES * config.data.batch_size, setup.streams.probe).iid()
 
+    def plain() -> Closure:
+        return setup.objective.closure(order.iid())
+
     def batch() -> Closure:
         return chains.closure(order.iid())
 
     closure = setup.objective.closure(fixed, evaluations=CURVATURE_BATCHES)
-    measured = measure(chains.sampler, batch, closure, away=s.variance_reduction)
+    measured = measure(chains.sampler, plain, closure, batch if s.variance_reduction else None)
+    if s.variance_reduction and isinstance(chains.sampler, PSGLD):
+        chains.sampler.burn_in = 0  # V is that of plain gradients, which none will be from now on
     if not (math.isfinite(measured.k_max) and math.isfinite(measured.variance)):
         raise InputError(
             "the curvature at the warm start is not finite: the fit has diverged; lower train.lr"
@@ -139,5 +145,5 @@ def open_account(setup: Setup, chains: Chains) -> Account:
     )
     h = account.step_size
     chains.burn_in = BurnIn(s.burn_in, s.burn_in_step_size or h, h)
-    chains.sampler.watch(measured.direction)
+    chains.sampler.watch(measured.direction, measured.curvature)
     return account

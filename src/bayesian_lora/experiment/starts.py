@@ -44,21 +44,32 @@ def check_starts(setup: Setup, starts: Ensemble, run: dict[str, Any]) -> None:
         InputError: they do not; the difference is named.
     """
     old, config = starts.provenance, setup.config
-    prior = old.sampler["prior"]
+    prior = old.sampler.get("prior", {})
     pairs: dict[str, tuple[Any, Any]] = {
-        "the base model's weights": (run["model_fingerprint"], setup.fingerprint),
+        "the base model's weights": (run.get("model_fingerprint"), setup.fingerprint),
         "the adapter": (old.spec, setup.model.info.spec),
-        "the training data": (run["data"]["fingerprint"]["train"], setup.raw.train.fingerprint()),
+        "data.max_length": (old.model["max_length"], config.data.max_length),
+        "model.dtype": (old.model["dtype"], config.model.dtype),
+        "the training data": (_data_of(run), setup.raw.train.fingerprint()),
     }
     if config.prior.std != "auto":
-        pairs["prior.std"] = (prior["std"], config.prior.std)
-        pairs["prior.head_std"] = (prior["head_std"], config.prior.head_std or config.prior.std)
+        pairs["prior.std"] = (prior.get("std"), config.prior.std)
+    if config.prior.std != "auto" or config.prior.head_std is not None:
+        head = config.prior.head_std or config.prior.std
+        pairs["prior.head_std"] = (prior.get("head_std"), head)
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
             raise InputError(
                 f"train.starts_from={config.train.starts_from}: {what} differs from this run's: "
                 f"{theirs} there, {ours} here; leave it out to fit new warm starts"
             )
+
+
+def _data_of(run: dict[str, Any]) -> Any:
+    try:
+        return run["data"]["fingerprint"]["train"]
+    except (KeyError, TypeError):
+        return None
 
 
 def place_starts(setup: Setup, starts: Ensemble) -> None:

@@ -31,7 +31,6 @@ from bayesian_lora.objective import NonFiniteLoss
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.samplers.base import Diverged
-from bayesian_lora.samplers.schedules import BurnIn
 from bayesian_lora.sampling import RunState, spread_start
 from bayesian_lora.utils.checkpoint import write_checkpoint
 from bayesian_lora.utils.files import write_atomic
@@ -84,6 +83,15 @@ def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
         raise InputError(
             f"{error} in {run.logger.place()}: stopped, {len(run.writer.records)} samples kept in "
             f"{folder.root}; lower sampler.step_size or train.lr"
+        ) from error
+    except InputError as error:
+        if not run.opened:
+            raise
+        run.save()
+        folder.finish("stopped", reason=str(error), **run.facts())
+        raise InputError(
+            f"{error} (the warm starts are kept: train.starts_from={folder.root} "
+            "output.dir=<new folder> spares fitting them again)"
         ) from error
     except BaseException as error:
         if not run.opened:
@@ -154,7 +162,6 @@ class Run:
             "prior": dataclasses.asdict(self.setup.prior),
             "prior_search": self.prior_search,
             "account": None if account is None else dataclasses.asdict(account),
-            "schedule": None if chains is None else dataclasses.asdict(chains.burn_in),
             "seconds": dict(self.seconds),
             "before_collection": self._before_collection,
         }
@@ -221,6 +228,9 @@ class Run:
             return
         if self.starts is not None:
             setup.prior = Prior(**self.starts.provenance.sampler["prior"])
+            self.progress.say(
+                f"prior.std={setup.prior.std:g}, that of {config.train.starts_from} (no search)"
+            )
             return
         self.progress.say("Searching prior.std on data held out of train...")
         batches = -(-len(setup.train) // config.data.batch_size)
@@ -289,9 +299,10 @@ class Run:
             self.checkpoint()
         else:
             self.account = Account(**tree["account"])
-            chains.burn_in = BurnIn(**tree["schedule"])
             self.state.load_state_dict(tree["state"])
-        for line in account_lines(self.account, config.sampler.bias):
+        for line in account_lines(
+            self.account, config.sampler.bias, not config.sampler.variance_reduction
+        ):
             say(line)
         say(f"Burn-in phase: {chains.burn_in.steps} steps")
         self.logger.begin("burn_in", chains.burn_in.steps)

@@ -61,8 +61,9 @@ class ASGLD(Sampler):
         m, V = self.buffer("m", g), self.buffer("V", g)
         self.shift(g + a * m / (V + self.lambd).sqrt() if a > 0 else g, -h)
         self.add_noise(self.noise_std(h) * self.normal(g))
-        m.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
-        V.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+        if a > 0:
+            m.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
+            V.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
 
     def strength(self) -> float:
         """a_t of the coming step."""

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora.samplers.flat import Scale, along, check_group, follow, mean, precise, to_device
+from bayesian_lora.samplers.flat import Scale, check_group, count_chains, mean, precise, to_device
+from bayesian_lora.samplers.heat import along, begin_watch, follow
 from bayesian_lora.utils.rng import normal_like, restore_states, save_states
 
 Closure = Callable[[], Tensor]
@@ -76,12 +77,12 @@ class Sampler(torch.optim.Optimizer, ABC):
         values = {"lr": step_size, "prior_std": prior_std, "temperature": temperature}
         super().__init__(params, values)
 
-    # --- the laws, as functions of curvature ------------------------------------------------
-
     bias_gain = 0.5
     """α: the variance along curvature k is T/(Nk) · 1/(1 − αhk)."""
     heat_gain = 1.0
-    """η: minibatch gradient variance v makes T_eff = T + η N h v/2."""
+    """η: variance v of the (whitened) minibatch gradient makes T_eff = T + η N h v/2."""
+    planned_heat_gain: float | None = None
+    """η for v measured before the rule has adapted, where it differs."""
 
     @property
     def stability(self) -> float:
@@ -95,8 +96,6 @@ class Sampler(torch.optim.Optimizer, ABC):
     def relaxation_steps(self, h: float, k: float) -> float:
         """Steps in which a deviation along curvature k falls to 1/e."""
         return 1.0 / (h * k)
-
-    # --- a step -----------------------------------------------------------------------------
 
     def step(self, closure: Closure) -> Tensor:  # type: ignore[override]
         """One step of every chain.
@@ -115,6 +114,8 @@ class Sampler(torch.optim.Optimizer, ABC):
             h = self.per_coordinate(lambda group: group["lr"])
             self.stats = {"drift_norm": torch.linalg.vector_norm(g, dim=1)}
             self.stats["step_size"] = torch.full_like(self.stats["drift_norm"], mean(h))
+            if (watch := self.memory.get("watch")) is not None:
+                watch["moved"] = torch.zeros_like(watch["moved"])
             self.update(g, h)
             self.stats["t_eff"] = self._follow(g, h)
             self.memory["step"] += 1
@@ -146,16 +147,20 @@ class Sampler(torch.optim.Optimizer, ABC):
             grads = [p.grad for p in params]
             if prior and params and math.isfinite(group["prior_std"]):
                 precision = 1.0 / (self.num_examples * group["prior_std"] ** 2)
-                grads = torch._foreach_add(grads, params, alpha=precision)  # type: ignore
-            flat += [g.reshape(self.num_chains, -1) for g in grads]
+                pair = [precise(g) for g in grads], [precise(p) for p in params]
+                grads = torch._foreach_add(*pair, alpha=precision)  # type: ignore
+            flat += [precise(g).reshape(self.num_chains, -1) for g in grads]
             self.present += params
             self._parts.append((group, sum(p.numel() for p in params) // self.num_chains))
         if not flat:
             raise ValueError("no parameter has a gradient: the closure must call .backward()")
-        return precise(torch.cat(flat, dim=1))
+        return torch.cat(flat, dim=1)
 
     def shift(self, x: Tensor, scale: Scale = 1.0) -> None:
         """θ ← θ + scale·x for a flat x (M, d)."""
+        if (watch := self.memory.get("watch")) is not None:
+            w = self.dual(watch["direction"])
+            watch["moved"] = watch["moved"] + (w * (x * scale)).sum(1)
         if isinstance(scale, Tensor):
             x, scale = x * scale, 1.0
         sizes = [p.numel() // self.num_chains for p in self.present]
@@ -193,7 +198,7 @@ class Sampler(torch.optim.Optimizer, ABC):
         values = [(float(value(group)), size) for group, size in self._parts if size]
         if len({v for v, _ in values}) == 1:
             return values[0][0]
-        like = precise(self.present[0][:0])
+        like = precise(self.present[0].new_empty(0))
         return torch.cat([like.new_full((size,), v) for v, size in values])
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
@@ -210,24 +215,22 @@ class Sampler(torch.optim.Optimizer, ABC):
             )
         return kept
 
-    # --- minibatch heat ---------------------------------------------------------------------
-
-    def watch(self, direction: Tensor) -> None:
+    def watch(self, direction: Tensor, curvature: Tensor | float = 0.0) -> None:
         """Follow the minibatch noise along unit vectors (M, d); ``stats["t_eff"]`` is its mean.
 
-        Costs one dot product a step, no gradient and no random number.
+        `curvature` (M,) of U/N along them, in the rule's metric: what the chain's own motion
+        changes in the gradient is taken out. Costs no gradient and no random number.
         """
-        self.memory["watched"] = direction.clone()
-        self.memory["watch"] = {"steps": 0, "last": None, "sum": None}
+        self.memory["watch"] = begin_watch(direction, curvature)
 
     def _follow(self, g: Tensor, h: Scale) -> Tensor:
-        watch = self.memory.get("watch")
-        if watch is None:
-            return torch.full_like(self.stats["drift_norm"], math.nan)
-        w = self.memory["watched"]
-        variance = follow(watch, (w * self.whitened(g)).sum(1).double())
+        unknown = torch.full_like(self.stats["drift_norm"], math.nan)
+        if (watch := self.memory.get("watch")) is None:
+            return unknown
+        w = watch["direction"]
+        variance = follow(watch, (w * self.whitened(g)).sum(1))
         if variance is None:
-            return torch.full_like(self.stats["drift_norm"], math.nan)
+            return unknown
         t, h = along(self.temperature, w), along(h, w)
         watch["t_eff"] = self.effective_temperature(t, h, variance)
         return watch["t_eff"]
@@ -245,11 +248,16 @@ class Sampler(torch.optim.Optimizer, ABC):
         """The drift in coordinates in which the rule's noise is isotropic."""
         return g
 
+    def dual(self, w: Tensor) -> Tensor:
+        """What w is to motions: w where the noise is isotropic, else `whitened`'s inverse of it."""
+        return w
+
+    def adapt(self, g: Tensor) -> None:
+        """Learn from a drift without moving; only preconditioned rules do."""
+
     def metric(self, like: Tensor) -> Tensor | None:
         """G (M, d) of a preconditioned rule; curvatures are then those of √G K √G."""
         return None
-
-    # --- groups and state -------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """torch's, with the checks of the constructor."""
@@ -262,14 +270,7 @@ class Sampler(torch.optim.Optimizer, ABC):
             raise
 
     def _count_chains(self) -> int:
-        sizes = {
-            1 if self.chain_dim is None else (p.shape[0] if p.ndim else -1)
-            for group in self.param_groups
-            for p in group["params"]
-        }
-        if len(sizes) != 1 or -1 in sizes:
-            raise ValueError(f"parameters disagree on the number of chains: {sorted(sizes)}")
-        chains = sizes.pop()
+        chains = count_chains(self.param_groups, self.chain_dim)
         if isinstance(self.generators, Sequence) and len(self.generators) != chains:
             raise ValueError(f"{len(self.generators)} generators for {chains} chains: one for each")
         return chains

@@ -57,6 +57,7 @@ class ControlVariate:
                     p.grad.add_(term)
             return loss
 
+        compute.plain = batch  # type: ignore[attr-defined]  # for SAM's perturbation
         return compute
 
     def state_dict(self) -> dict[str, list[Tensor]]:

@@ -43,6 +43,9 @@ class CSGLD(Sampler):
         require("explore_fraction", explore_fraction, rule, 0 <= explore_fraction < 1)
         self.cycle = Cycle(cycle_steps, explore_fraction)
         require("explore_fraction", explore_fraction, rule, self.cycle.sampling_steps > 0)
+        sampling = [t for t in range(cycle_steps) if self.cycle.sampling(t)]
+        # T_eff at the mean step size of the sampling share, where draws are kept
+        self.heat_gain = sum(self.cycle.factor(t) for t in sampling) / len(sampling)
         super().__init__(params, step_size=step_size, num_examples=num_examples, **common)
 
     def update(self, g: Tensor, h: Scale) -> None:
@@ -64,9 +67,3 @@ class CSGLD(Sampler):
 
     def relaxation_steps(self, h: float, k: float) -> float:
         return 2.0 / (h * k)  # the mean step size is h₀/2
-
-    def effective_temperature(self, t: Scale, h: Scale, variance: Tensor) -> Tensor:
-        """At the mean step size of the sampling share, where draws are kept."""
-        c = self.cycle
-        mean = sum(c.factor(i) for i in range(c.steps) if c.sampling(i)) / c.sampling_steps
-        return super().effective_temperature(t, h * mean, variance)

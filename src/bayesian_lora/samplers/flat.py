@@ -47,25 +47,20 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def along(scale: Scale, w: Tensor) -> Scale:
-    """A scale's mean along unit vectors w (M, d)."""
-    return (w.square() * scale).sum(1) if isinstance(scale, Tensor) else scale
+def count_chains(groups: list[dict[str, Any]], chain_dim: int | None) -> int:
+    """M of the parameters in groups; 1 without a chain dimension.
 
-
-def follow(watch: dict[str, Any], now: Tensor) -> Tensor | None:
-    """Another projection (M,) of the gradient; its variance so far, None for the first.
-
-    Batches are independent, so half the mean square of successive differences is the variance v.
-    The chain moves between them, and by the last batch's noise: along curvature k the estimate is
-    v(1 + hk) and (hk)²/2 of T too high, to second order; small where h is fit for sampling.
+    Raises:
+        ValueError: they disagree, or have no dimension at all.
     """
-    if watch["last"] is None:
-        watch["last"], watch["sum"] = now, torch.zeros_like(now)
-        return None
-    watch["sum"] = watch["sum"] + 0.5 * (now - watch["last"]).square()
-    watch["steps"] += 1
-    watch["last"] = now
-    return watch["sum"] / watch["steps"]
+    sizes = {
+        1 if chain_dim is None else (p.shape[0] if p.ndim else -1)
+        for group in groups
+        for p in group["params"]
+    }
+    if len(sizes) != 1 or -1 in sizes:
+        raise ValueError(f"parameters disagree on the number of chains: {sorted(sizes)}")
+    return sizes.pop()
 
 
 def check_group(group: dict[str, Any]) -> None:

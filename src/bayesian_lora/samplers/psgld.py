@@ -68,3 +68,6 @@ class PSGLD(Sampler):
 
     def whitened(self, g: Tensor) -> Tensor:
         return self.metric(g).sqrt() * g
+
+    def dual(self, w: Tensor) -> Tensor:
+        return w / self.metric(w).sqrt()

@@ -13,7 +13,8 @@ class SAMSGLD(Sampler):
     """e = ρ∇L_B(θ)/(‖∇L_B(θ)‖ + λ),  g_ρ = ∇L_B(θ + e) + θ/(Nσ²),  θ ← θ − h g_ρ + s z.
 
     The norm is global over a chain's parameters, the prior stays at θ, both gradients are of the
-    same batch (the closure is called twice).
+    same batch (the closure is called twice). A control variate corrects the second gradient only,
+    so that the target stays what it is.
     It targets a *different* posterior: with full batches the potential N(L + ρ‖∇L‖) + prior
     (exact on quadratics, else to first order in ρ), with minibatches N·E_B[L_B + ρ‖∇L_B‖] + prior.
     Compare ρ with √(dT/(Nk)). Law about that potential, for ρ small against √(T/(Nk)):
@@ -51,7 +52,7 @@ class SAMSGLD(Sampler):
         super().__init__(params, step_size=step_size, num_examples=num_examples, **common)
 
     def gradient(self, closure: Closure) -> Tensor:
-        loss = super().gradient(closure)
+        loss = super().gradient(getattr(closure, "plain", closure))
         with torch.no_grad():
             g = self.drift(prior=False)
             e = self.rho * g / (torch.linalg.vector_norm(g, dim=1, keepdim=True) + self.lambd)

@@ -58,9 +58,12 @@ class SAMSGLDRank1(SAMSGLD):
         rule = "≥ 1: u is averaged in it, then fixed (or choose another u_mode)"
         require("burn_in", burn_in, rule, burn_in >= 1 or u_mode != "frozen")
         self.sigma_dir, self.u_mode = sigma_dir, u_mode
+        self._u: Tensor | None = None
         self.beta1, self.burn_in = beta1, burn_in
         self.c = (1 + sigma_dir) ** 2 - 1
         self.bias_gain = 0.5 * max(1.0, 1.0 + self.c)
+        if u_mode != "current":
+            self.planned_heat_gain = max(1.0, 1.0 + self.c)  # u is stiff: √P acts on its noise
         super().__init__(params, step_size=step_size, num_examples=num_examples, **common)
         if u_mode == "cross_chain" and self.num_chains < 2:
             raise ValueError("u_mode=cross_chain takes u from another chain: needs two chains")
@@ -70,6 +73,7 @@ class SAMSGLDRank1(SAMSGLD):
 
     def update(self, g: Tensor, h: Scale) -> None:
         u = self.direction(g)
+        self._u = None if self.u_mode == "current" else u
         self.stats["perturbation_norm"] = self._perturbation
         P_g = g if self.u_mode == "current" else g + self.c * u * chain_dot(u, g)
         self.shift(P_g, -h)
@@ -90,9 +94,10 @@ class SAMSGLDRank1(SAMSGLD):
 
     def whitened(self, g: Tensor) -> Tensor:
         """√P g = (I + σ_dir u uᵀ)g with this step's u; g where P is not in the drift."""
-        if self.u_mode == "current" or (
-            self.u_mode == "frozen" and self.memory["step"] < self.burn_in
-        ):
-            return g
-        u = self.direction(g)
-        return g + self.sigma_dir * u * chain_dot(u, g)
+        u = self._u
+        return g if u is None else g + self.sigma_dir * u * chain_dot(u, g)
+
+    def dual(self, w: Tensor) -> Tensor:
+        """P^(−½) w."""
+        u, share = self._u, self.sigma_dir / (1 + self.sigma_dir)
+        return w if u is None else w - share * u * chain_dot(u, w)

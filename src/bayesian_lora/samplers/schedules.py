@@ -33,6 +33,10 @@ class Thinning:
     def steps(self) -> int:
         return self.thin * self.draws
 
+    def sampled(self, step: int) -> bool:
+        """Whether the last of `step` finished steps was one of sampling: here all are."""
+        return True
+
     def draw_after(self, step: int) -> int | None:
         """The draw (0-based) completed by `step` finished sampling steps, if any."""
         return step // self.thin - 1 if step and step % self.thin == 0 else None
@@ -83,6 +87,10 @@ class CycleThinning:
     def __post_init__(self) -> None:
         if self.thin > self.cycle.sampling_steps:
             raise ValueError(f"thin={self.thin} exceeds {self.cycle.sampling_steps} sampling steps")
+
+    def sampled(self, step: int) -> bool:
+        """Whether the last of `step` finished steps was in a sampling share."""
+        return self.cycle.sampling(step - 1)
 
     @property
     def per_cycle(self) -> int:

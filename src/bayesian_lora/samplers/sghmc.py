@@ -50,13 +50,16 @@ class SGHMC(Sampler):
         f = friction
         self.bias_gain, self.heat_gain = 0.5 / (2 - f), 1 / f
         if integrator == "baoab":
-            self.bias_gain, self.heat_gain = 0.0, (2 - f) / (2 * f)
+            self.heat_gain = (2 - f) / (2 * f)  # α stays euler's: off quadratics it has a bias
             self.law = "Var = T/(Nk) on quadratics at any stable h"
         super().__init__(params, step_size=step_size, num_examples=num_examples, **common)
 
     @property
     def stability(self) -> float:
         return 4.0 if self.integrator == "baoab" else 2 * (2 - self.friction)
+
+    def variance_factor(self, h: float, k: float) -> float:
+        return 1.0 if self.integrator == "baoab" else super().variance_factor(h, k)
 
     def relaxation_steps(self, h: float, k: float) -> float:
         # baoab: λ² − (1 + c − (1+c)hk/2)λ + c = 0, so hk counts (1+c)/2 = (2−f)/2 times

@@ -147,10 +147,9 @@ def chosen(names: Iterable[str]) -> list[Variant]:
     names = list(names) or SAMPLERS
     for name in names:
         if name not in SAMPLERS:
-            near = difflib.get_close_matches(name, SAMPLERS, 1, cutoff=0.0)[0]
-            raise InputError(
-                f"sampler {name!r} is not known: did you mean {near}? Known: {', '.join(SAMPLERS)}"
-            )
+            near = difflib.get_close_matches(name.lower(), SAMPLERS, 1)
+            hint = f": did you mean {near[0]}?" if near else ";"
+            raise InputError(f"sampler {name!r} is not known{hint} known: {', '.join(SAMPLERS)}")
     return [variant for variant in VARIANTS if variant.sampler in names]
 
 
