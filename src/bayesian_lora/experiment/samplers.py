@@ -130,7 +130,7 @@ def open_account(setup: Setup, chains: Chains) -> Account:
     closure = setup.objective.closure(fixed, evaluations=CURVATURE_BATCHES)
     measured = measure(chains.sampler, plain, closure, batch if s.variance_reduction else None)
     if s.variance_reduction and isinstance(chains.sampler, PSGLD):
-        chains.sampler.burn_in = 0  # V is that of plain gradients, which none will be from now on
+        chains.sampler.freeze()  # V is that of plain gradients, which none will be from now on
     if not (math.isfinite(measured.k_max) and math.isfinite(measured.variance)):
         raise InputError(
             "the curvature at the warm start is not finite: the fit has diverged; lower train.lr"

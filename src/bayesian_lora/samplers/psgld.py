@@ -48,11 +48,15 @@ class PSGLD(Sampler):
         super().__init__(params, step_size=step_size, num_examples=num_examples, **common)
 
     def update(self, g: Tensor, h: Scale) -> None:
-        if self.memory["step"] < self.burn_in:
+        if self.memory["step"] < self.burn_in and not self.memory.get("frozen"):
             self.adapt(g)
         G = self.metric(g)
         self.shift(G * g, -h)
         self.add_noise(self.noise_std(h) * G.sqrt() * self.normal(g))
+
+    def freeze(self) -> None:
+        """Keep V as it is from now on, even in burn-in."""
+        self.memory["frozen"] = True
 
     def adapt(self, g: Tensor) -> None:
         """V ← βV + (1−β)g²."""
