@@ -65,6 +65,7 @@ class Trainer:
             "n": 600,
             "temperature": 1.0,
             "tempering": "posterior",
+            "sampler": {"name": "sgld", "step_size": 1e-3, "exactness": "exact as h → 0"},
             "map": spread,
             "map_ensemble": {"nll": 0.65},
             "single": spread,

@@ -21,6 +21,7 @@ def metrics(nll: float = 0.5, **changes: Any) -> dict[str, Any]:
         "n": 600,
         "temperature": 1.0,
         "tempering": "posterior",
+        "sampler": {"name": "sgld", "step_size": 2.5e-5, "exactness": "exact as h → 0"},
         "map": spread,
         "map_ensemble": {"nll": 0.55, "accuracy": 0.7},
         "single": {name: {"mean": 0.65, "sd": 0.1} for name in spread},
@@ -79,6 +80,9 @@ def test_a_row_holds_the_figures_of_its_cell() -> None:
         "nll": 0.5,
         "ece": 0.1,
         "brier": 0.3,
+        "step_size": 2.5e-5,
+        "targets": "exact as h → 0",
+        "tempering": "posterior, T = 1",
         "rhat_max": 1.01,
         "ess_per_1000": 50.0,
         "t_eff": 1.5,
@@ -103,9 +107,10 @@ def test_metrics_are_shown_that_some_cell_has() -> None:
 def test_lines_are_aligned() -> None:
     rows = table(["sampler.name"], [entry("sam_sgld_rank1", nll=10.5), failed("sgld")])
     head, first, second = lines(rows)
-    figures = "0.6000 0.5500 0.7500 10.5000 0.1000 0.3000 1.0100 50.0 1.5000"
-    assert first.split() == ["sam_sgld_rank1", *figures.split(), "mixed", "12.3", "finished"]
-    assert second.split() == ["sgld", *["n/a"] * 11, "failed"]
+    figures = "0.6000 0.5500 0.7500 10.5000 0.1000 0.3000 2.5e-05 exact as h → 0 posterior, T = 1"
+    more = "1.0100 50.0 1.5000 mixed 12.3 finished"
+    assert first.split() == ["sam_sgld_rank1", *figures.split(), *more.split()]
+    assert second.split() == ["sgld", *["n/a"] * 14, "failed"]
     assert head.split() == list(rows[0])
     for name, text in (("nll", "10.5000"), ("seconds", "12.3")):
         end = head.index(f" {name} ") + 1 + len(name)
@@ -131,7 +136,7 @@ def test_the_csv_has_every_digit_and_empty_fields() -> None:
         ({"split": "test"}, "split"),
         ({"task": "rte"}, "task"),
         ({"ensemble": {"k": 8}}, "number of samples"),
-        ({"temperature": 2.0, "tempering": "hot"}, "the temperature"),
+        ({"temperature": 2.0, "tempering": "hot"}, "temperature"),
     ],
 )
 def test_what_is_not_alike_is_said(changes: dict[str, Any], title: str) -> None:
@@ -154,3 +159,8 @@ def test_a_cold_posterior_is_labelled() -> None:
     found = notes([entry("sgld", temperature=0.5, tempering="cold")])
     assert found == ["Note: sgld is a cold posterior (cold, T = 0.5)"]
     assert notes([entry("sgld")]) == []
+
+
+def test_the_ess_of_stuck_chains_is_no_rate() -> None:
+    (note,) = notes([entry("sgld", diagnostics={"verdict": "not mixed"})])
+    assert "no rate" in note

@@ -139,9 +139,10 @@ def test_a_tempered_posterior_is_called_so(
     tiny_models: dict[str, Path], tmp_path: Path, temperature: str, label: str
 ) -> None:
     key = f"sampler.temperature={temperature}"
+    cold = " (cold)" if label == "cold" else ""
     printed = run_aloud(config_of(tiny_models["bert"], tmp_path / "run", key))
     assert f"Temperature {temperature}: a {label} posterior" in printed
-    assert f"minibatch noise, {temperature} asked for" in printed
+    assert f"minibatch noise, {temperature}{cold} asked for" in printed
     sampler = read(tmp_path / "run" / "ensemble.json")["sampler"]
     assert (sampler["tempering"], sampler["temperature"]) == (label, float(temperature))
 

@@ -192,6 +192,7 @@ def test_every_sampler_works_with_it(name: str):
                 p.grad += piece.reshape(p.shape)
             return loss
 
+        closure.plain = twin.batch_closure(rows)  # type: ignore[attr-defined]  # SAM's ascent
         return closure
 
     step_through(name, twin, by_hand)

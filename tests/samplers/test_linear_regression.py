@@ -148,14 +148,11 @@ HOT = {
 
 
 def predicted_heat(found: Run, law: np.ndarray, h: float, batch: int) -> float:
-    """T + ηNhv/2, v = wᵀ√G C √G w averaged over chains, each sampler with its own η and step."""
+    """T + ηNhv/2, v = wᵀ√G C √G w averaged over chains, each sampler with its own η."""
     sampler, w = found.sampler, problem().top.expand(CHAINS, D)
     c = torch.from_numpy(problem().noise(law) / batch)
     whitened = sampler.whitened(w)  # √G and √P are symmetric: ⟨w, √G g⟩ = ⟨√G w, g⟩
     v = torch.einsum("mi,ij,mj->m", whitened, c, whitened)
-    if isinstance(sampler, CSGLD):
-        cycle = sampler.cycle
-        h *= np.mean([cycle.factor(t) for t in range(cycle.steps) if cycle.sampling(t)])
     gain = 1.0 if isinstance(sampler, SGNHT) else sampler.heat_gain
     heated = 1.0 + gain * N * h * v / 2
     if isinstance(sampler, SGNHT):
@@ -168,8 +165,6 @@ def predicted_heat(found: Run, law: np.ndarray, h: float, batch: int) -> float:
 def test_watched_temperature(name: str):
     """`watch`'s T_eff along the stiffest direction: the formula's, within 5 %; and the chain's
     variance there, where the rule's noise is isotropic and of a constant step.
-
-    The estimate is high by hk of the heat (a batch's noise also moves the chain): here 2.5 %.
     """
     case, batch = HOT[name], 2
     found = run(case, batch)

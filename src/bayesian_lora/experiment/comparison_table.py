@@ -124,6 +124,11 @@ def notes(entries: Sequence[Figures]) -> list[str]:
     for entry in done:
         if entry["tempering"].startswith("cold"):
             found.append(f"Note: {entry['name']} is a cold posterior ({entry['tempering']})")
+    if any(e["metrics"]["diagnostics"]["verdict"] == "not mixed" for e in done):
+        found.append(
+            "Note: of chains that are not mixed the ESS counts little more than the chains; it is "
+            "no rate at which draws become independent"
+        )
     for name in dict.fromkeys(e["warm_start"] for e in done):
         if others := [e["name"] for e in done if e["warm_start"] == name != e["name"]]:
             found.append(

@@ -93,9 +93,7 @@ def evaluate_run(
         "cost": _cost(root, time.monotonic() - began),
         "own_metrics": list(task.metrics),
         "sample_range": _sample_range(full, chosen),
-        "temperature": full.provenance.sampler["temperature"],
-        "tempering": full.provenance.sampler["tempering"],
-        "sampler": {name: full.provenance.sampler.get(name) for name in STATED},
+        **_stated(full.provenance.sampler),
     }
     if len(chosen) == len(full):
         folder = RunFolder(root)
@@ -166,6 +164,11 @@ def run_diagnostics(root: Path) -> Figures:
     if figures["t_eff"] is None:
         figures["t_eff_reason"] = "fewer than two sampling steps were made, or it overflowed"
     return figures
+
+
+def _stated(sampler: dict[str, Any]) -> Figures:
+    tempered = {name: sampler[name] for name in ("temperature", "tempering")}
+    return {**tempered, "sampler": {name: sampler.get(name) for name in STATED}}
 
 
 def _cost(root: Path, eval_s: float) -> Figures:

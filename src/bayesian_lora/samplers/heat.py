@@ -6,6 +6,7 @@ the rest of a sampler's memory.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bayesian_lora.samplers.flat import Scale
@@ -13,7 +14,9 @@ from bayesian_lora.samplers.flat import Scale
 
 def begin_watch(direction: Tensor, curvature: Tensor | float) -> dict[str, Any]:
     """Of unit vectors (M, d) and the curvature (M,) of U/N along them."""
-    zeros = direction.new_zeros(len(direction))
+    # Sums of many small terms; MPS has no float64.
+    dtype = torch.float32 if direction.device.type == "mps" else torch.float64
+    zeros = torch.zeros(len(direction), device=direction.device, dtype=dtype)
     state = {"moved": zeros, "gap": zeros, "sum": zeros, "last": None, "steps": 0}
     return {"direction": direction.clone(), "curvature": zeros + curvature, **state}
 
@@ -25,6 +28,7 @@ def follow(watch: dict[str, Any], now: Tensor) -> Tensor | None:
     once the curvature times the chain's motion between them is taken off: on a quadratic exactly.
     """
     last, gap = watch["last"], watch["gap"]
+    now = now.to(watch["sum"].dtype)
     watch["last"], watch["gap"] = now, watch["moved"]
     if last is None:
         return None
