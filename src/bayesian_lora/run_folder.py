@@ -54,7 +54,7 @@ class RunFolder:
                 f"output.dir={str(self.root)!r}: {nearest} cannot be written to; "
                 "name another folder"
             )
-        if not self.root.is_dir() or not any(self.root.iterdir()):
+        if not self.root.is_dir() or all(path.name == LOCK for path in self.root.iterdir()):
             return
         record = self.root / "run.json"
         if not record.is_file():
