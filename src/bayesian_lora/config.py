@@ -5,6 +5,7 @@ dataclasses read through OmegaConf, which names the nearest key for a misspelt o
 """
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ __all__ = [
     "SamplerConfig",
     "build_config",
     "dump_config",
+    "dump_run_config",
     "load_config",
+    "load_run_config",
     "value_of",
 ]
 
@@ -101,6 +104,33 @@ def _override(merged: Any, item: str) -> Any:
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config)))
+
+
+SEAL = "# sha256 of the lines above: "
+
+
+def dump_run_config(config: Config) -> str:
+    """`dump_config` for a run's folder: its last line is a checksum, `output.overwrite` is off."""
+    output = dataclasses.replace(config.output, overwrite=False)
+    text = dump_config(dataclasses.replace(config, output=output))
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def load_run_config(root: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a run's folder.
+
+    Raises:
+        InputError: as `load_config`, or it has been changed since the run wrote it.
+    """
+    path = Path(root) / "config.yaml"
+    config = load_config(path, overrides)
+    text, seal, digest = path.read_text(encoding="utf-8").rpartition(SEAL)
+    if seal and digest.strip() != hashlib.sha256(text.encode()).hexdigest():
+        raise InputError(
+            f"{path}: changed since the run wrote it (its checksum differs); restore it, or take "
+            "its last line out if the change is yours"
+        )
+    return config
 
 
 def value_of(config: Config, key: str) -> Any:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,30 +77,20 @@ class MemberWriter:
         root: the run's folder.
         config_text: the PEFT config of every member.
         expected: the number of members to come; it decides between folders and packs.
-        records: those already there, which new ones follow.
-        subfolder, name: where members go and what they are called.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        config_text: str,
-        expected: int,
-        records: list[MemberRecord] | None = None,
-        *,
-        subfolder: str = "samples",
-        name: str = "sample_{:0{width}d}",
-        first: int = 1,
-    ) -> None:
+    def __init__(self, root: Path, config_text: str, expected: int) -> None:
         self.root, self.config_text = root, config_text
         self.packed = expected > FOLDER_LIMIT
-        self.records = list(records or [])
-        self.subfolder, self.name, self.first = subfolder, name, first
+        self.records: list[MemberRecord] = []
         self.width = 4 if expected <= 9_999 else 6
-        self.index_file = root / (
-            "members.jsonl" if subfolder == "samples" else f"{subfolder}/members.jsonl"
-        )
+        self.index_file = root / "members.jsonl"
+        self._index_size, self._index_digest = 0, hashlib.sha256()
         self._pack: list[tuple[Mapping[str, Tensor], MemberRecord]] = []
+
+    def __len__(self) -> int:
+        """Members so far, those of the unfinished pack too."""
+        return len(self.records) + len(self._pack)
 
     def add(self, member: Mapping[str, Tensor], record: MemberRecord) -> Path:
         """Write one member (packed: when its pack is full or at `flush`); its path.
@@ -106,18 +98,16 @@ class MemberWriter:
         Raises:
             InputError: a tensor that is not finite; nothing is written.
         """
-        noise = {} if record.noise_std is None else {"noise_std": torch.tensor(record.noise_std)}
-        check_finite({**member, **noise}, f"chain {record.chain}, draw {record.draw}")
-        number = len(self.records) + len(self._pack)
+        check_record(member, record)
+        number = len(self)
         if self.packed:
             self._pack.append((member, record))
             path = self._pack_path(number)
             if len(self._pack) == PACK_SIZE:
                 self.flush()
             return path
-        path = self.root / self.subfolder / self.name.format(number + self.first, width=self.width)
-        weights = write_member(path, member, self.config_text)
-        self._note(record, path, hashlib.sha256(weights).hexdigest(), None)
+        path = self.root / "samples" / f"sample_{number + 1:0{self.width}d}"
+        self._note(write_folder(self.root, path, member, self.config_text, record))
         return path
 
     def flush(self) -> None:
@@ -132,17 +122,73 @@ class MemberWriter:
         }
         write_atomic(path, save(tensors))
         for i, (member, record) in enumerate(self._pack):
-            self._note(record, path, tensors_sha256(member), i)
+            self._note(_placed(record, self.root, path, tensors_sha256(member), i))
         self._pack = []
 
-    def _pack_path(self, number: int) -> Path:
-        return self.root / self.subfolder / f"pack_{number // PACK_SIZE + 1:04d}.safetensors"
+    def state_dict(self) -> dict[str, Any]:
+        """The index as it stands, and the members of the unfinished pack."""
+        pack = [[dict(member), dataclasses.asdict(record)] for member, record in self._pack]
+        index = {"size": self._index_size, "sha256": self._index_digest.hexdigest()}
+        return {"index": index, "pack": pack}
 
-    def _note(self, record: MemberRecord, path: Path, sha256: str, index: int | None) -> None:
-        relative = path.relative_to(self.root).as_posix()
-        full = dataclasses.replace(record, path=relative, sha256=sha256, index=index)
-        self.records.append(full)
-        append_json_line(self.index_file, dataclasses.asdict(full))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo `state_dict`: what was written since is forgotten, and will be written again.
+
+        Raises:
+            InputError: the index is not what it was.
+        """
+        size, wanted = state["index"]["size"], state["index"]["sha256"]
+        content = self.index_file.read_bytes()[:size] if self.index_file.is_file() else b""
+        digest = hashlib.sha256(content)
+        if digest.hexdigest() != wanted:
+            raise InputError(
+                f"{self.index_file}: damaged, its first {size} bytes are not those the run wrote; "
+                "restore it, or begin again with output.overwrite=true"
+            )
+        self.records = [parse_record(json.loads(line)) for line in content.splitlines()]
+        self._index_size, self._index_digest = size, digest
+        if self.index_file.is_file():
+            os.truncate(self.index_file, size)
+        self._pack = [(member, MemberRecord(**record)) for member, record in state["pack"]]
+
+    def _pack_path(self, number: int) -> Path:
+        return self.root / "samples" / f"pack_{number // PACK_SIZE + 1:04d}.safetensors"
+
+    def _note(self, record: MemberRecord) -> None:
+        self.records.append(record)
+        line = append_json_line(self.index_file, dataclasses.asdict(record), sync=True)
+        self._index_size += len(line)
+        self._index_digest.update(line)
+
+
+def write_folder(
+    root: Path, path: Path, member: Mapping[str, Tensor], config_text: str, record: MemberRecord
+) -> MemberRecord:
+    """Write one member as a PEFT folder; its record with path and sha256.
+
+    Raises:
+        InputError: a tensor that is not finite; nothing is written.
+    """
+    check_record(member, record)
+    weights = write_member(path, member, config_text)
+    return _placed(record, root, path, hashlib.sha256(weights).hexdigest(), None)
+
+
+def check_record(member: Mapping[str, Tensor], record: MemberRecord) -> None:
+    """Refuse a member, or its noise scale, that is not finite.
+
+    Raises:
+        InputError: naming chain, draw and tensor.
+    """
+    noise = {} if record.noise_std is None else {"noise_std": torch.tensor(record.noise_std)}
+    check_finite({**member, **noise}, f"chain {record.chain}, draw {record.draw}")
+
+
+def _placed(
+    record: MemberRecord, root: Path, path: Path, sha256: str, index: int | None
+) -> MemberRecord:
+    relative = path.relative_to(root).as_posix()
+    return dataclasses.replace(record, path=relative, sha256=sha256, index=index)
 
 
 class PackReader:

@@ -3,6 +3,8 @@
 Shapes: M chains, B examples of a chain's batch, d parameters of a chain.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.posterior import LikelihoodName, PriorGroup, negative_log_likelihood
 from bayesian_lora.predict import predict_logits
-from bayesian_lora.samplers.base import Closure, Diverged
+from bayesian_lora.samplers.base import Closure
+from bayesian_lora.samplers.failures import require_finite
 
 MICRO_BATCH_ON_CPU = 8
 
@@ -55,8 +58,9 @@ class Objective:
     ) -> Closure:
         """The closure of one batch (M, B) of the training set; see `Sampler`'s units.
 
-        It raises `NonFiniteLoss` before any gradient is used. `evaluations`: how many batches'
-        worth of work a call counts as. `micro_batch`: in the place of the objective's own.
+        It raises `Diverged` where a chain's loss or gradient is not finite. `evaluations`: how
+        many batches' worth of work a call counts as. `micro_batch`: in the place of the
+        objective's own.
         """
         called = False
         size = micro_batch or self.micro_batch
@@ -82,11 +86,28 @@ class Objective:
             if not called:
                 self.accuracy = correct if self.likelihood == "categorical" else None
             called = True
-            if not bool(torch.isfinite(total).all()):
-                raise NonFiniteLoss(total)
+            require_finite("the loss", total)
+            require_finite("the gradient", self._gradient_sum())
             return total
 
         return compute
+
+    def _gradient_sum(self) -> Tensor:
+        """(M,), not finite where any part of a chain's gradient is not."""
+        tensors = [*self.model.chain_parameters().values()]
+        if self.log_noise is not None:
+            tensors.append(self.log_noise)  # type: ignore[arg-type]
+        chains = self.model.num_chains
+        parts = [t.grad.reshape(chains, -1).sum(1) for t in tensors if t.grad is not None]
+        return torch.stack(parts).sum(0)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Cut model and noise scales to these chains, in place: optimisers go on with them."""
+        parameters = self.model.chain_parameters()
+        self.model.load_chains({n: p.detach()[list(kept)] for n, p in parameters.items()})
+        if self.log_noise is not None:
+            self.log_noise.data = self.log_noise.data[list(kept)]
+            self.log_noise.grad = None
 
     @property
     def noise_std(self) -> Tensor | None:
@@ -105,14 +126,6 @@ class Objective:
         if self.likelihood == "gaussian":
             return nll, None
         return nll, (outputs.argmax(-1) == labels).double().mean(1)
-
-
-class NonFiniteLoss(Diverged):
-    """The loss of a chain is NaN or infinite; `.chains` says which."""
-
-    def __init__(self, loss: Tensor) -> None:
-        self.chains = [m for m, value in enumerate(loss.tolist()) if not np.isfinite(value)]
-        super().__init__(f"the loss of chain {', '.join(map(str, self.chains))} is not finite")
 
 
 def prior_groups(

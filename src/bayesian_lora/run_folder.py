@@ -21,19 +21,23 @@ from bayesian_lora.utils.files import (
     write_json,
     write_npz,
 )
+from bayesian_lora.utils.lock import LOCK
 
+REPLACED = "being replaced"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
 class RunFolder:
     """`runs/<experiment>/`: config, status, log, traces, predictions, metrics.
 
-    Statuses in `run.json`: ``running``, ``finished``, ``stopped`` (with the reason).
+    Statuses in `run.json`: ``running``, ``sampled``, ``finished``, ``stopped`` (with the reason),
+    ``being replaced``.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.status: dict[str, Any] = {}
+        self.parts = 0
         self._began = time.time()
 
     def check_free(self, overwrite: bool) -> None:
@@ -52,7 +56,7 @@ class RunFolder:
                 f"output.dir={str(self.root)!r}: {nearest} cannot be written to; "
                 "name another folder"
             )
-        if not self.root.is_dir() or not any(self.root.iterdir()):
+        if not self.root.is_dir() or all(path.name == LOCK for path in self.root.iterdir()):
             return
         record = self.root / "run.json"
         if not record.is_file():
@@ -72,7 +76,11 @@ class RunFolder:
     def begin(self, config_text: str, facts: dict[str, Any]) -> None:
         """Clear a replaced run; write `config.yaml` and the first `run.json`."""
         self.root.mkdir(parents=True, exist_ok=True)
+        if (self.root / "run.json").is_file():  # killed in what follows, it is still a run's folder
+            write_json(self.root / "run.json", {"status": REPLACED})
         for old in self.root.iterdir():  # the folder itself may be a link or a mount
+            if old.name in (LOCK, "run.json"):
+                continue
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
         write_atomic(self.root / "config.yaml", config_text)
         self.status = {
@@ -85,10 +93,42 @@ class RunFolder:
         }
         self._write_status()
 
+    def reopen(self, state: dict[str, Any]) -> None:
+        """Go on with a run: cut what was appended after its checkpoint (`position`).
+
+        Raises:
+            InputError: a part of the traces from before it is missing.
+        """
+        check_parts(self.root, state["trace_parts"])
+        self.status = read_json(self.root / "run.json", "run")
+        self.status |= {"status": "running", "pid": os.getpid(), "resumed": _now()}
+        for name in ("reason", "traces"):
+            self.status.pop(name, None)
+        self._began = time.time() - state["wall_s"]
+        self.parts = state["trace_parts"]
+        log = self.root / "log.jsonl"
+        if log.is_file():
+            os.truncate(log, min(log.stat().st_size, state["log_bytes"]))
+        for path in (self.root / "traces").glob("part_*.npz"):
+            if int(path.stem.removeprefix("part_")) > self.parts:
+                path.unlink()
+        self._write_status()
+
+    def position(self) -> dict[str, Any]:
+        """Where the appended files stand."""
+        log = self.root / "log.jsonl"
+        return {
+            "wall_s": time.time() - self._began,
+            "trace_parts": self.parts,
+            "log_bytes": log.stat().st_size if log.is_file() else 0,
+        }
+
     def finish(self, status: str, **facts: Any) -> None:
         """The last `run.json`: status, wall time and whatever else is known."""
         wall = time.time() - self._began
+        traces = {"parts": self.parts, "starts": self.starts_written()}
         self.status |= {"status": status, "ended": _now(), "wall_s": round(wall, 2), **facts}
+        self.status["traces"] = traces
         self._write_status()
 
     def _write_status(self) -> None:
@@ -98,10 +138,15 @@ class RunFolder:
         """One line of `log.jsonl`."""
         append_json_line(self.root / "log.jsonl", line)
 
-    def write_traces(self, part: int, arrays: dict[str, np.ndarray]) -> None:
-        """`traces/part_….npz`, numbered from 1: arrays (M, rows) named by quantity."""
+    def write_traces(self, arrays: dict[str, np.ndarray]) -> None:
+        """The next `traces/part_….npz`, numbered from 1: arrays (M, rows) named by quantity."""
         if arrays:
-            write_npz(self.root / "traces" / f"part_{part:05d}.npz", arrays)
+            self.parts += 1
+            write_npz(_part(self.root, self.parts), arrays)
+
+    def starts_written(self) -> bool:
+        """Whether `write_starts` has been called."""
+        return (self.root / "traces" / "starts.npz").is_file()
 
     def write_starts(self, row: dict[str, np.ndarray]) -> None:
         """`traces/starts.npz`: the same quantities (M,) before the first sampling step."""
@@ -122,8 +167,9 @@ def read_traces(root: Path) -> dict[str, np.ndarray]:
     """All parts joined, arrays (M, rows).
 
     Raises:
-        InputError: a damaged part.
+        InputError: a damaged part, or one that is missing.
     """
+    check_parts(root, _ended_with(root).get("parts", 0))
     paths = sorted((root / "traces").glob("part_*.npz"))
     parts = [read_npz(path) for path in paths]
     chains = [{name: x.shape[:-1] for name, x in part.items()} for part in parts]
@@ -134,9 +180,30 @@ def read_traces(root: Path) -> dict[str, np.ndarray]:
 
 
 def read_starts(root: Path) -> dict[str, np.ndarray] | None:
-    """What `RunFolder.write_starts` wrote, None where it is not there."""
+    """What `RunFolder.write_starts` wrote, None where it is not there.
+
+    Raises:
+        InputError: damaged, or gone since the run ended.
+    """
     path = root / "traces" / "starts.npz"
-    return read_npz(path) if path.is_file() else None
+    return read_npz(path) if path.is_file() or _ended_with(root).get("starts") else None
+
+
+def check_parts(root: Path, number: int) -> None:
+    """Raises InputError unless the first `number` parts of the traces are there."""
+    for part in range(1, number + 1):
+        if not (path := _part(root, part)).is_file():
+            raise InputError(f"{path}: missing, though the run wrote it; restore it")
+
+
+def _part(root: Path, number: int) -> Path:
+    return root / "traces" / f"part_{number:05d}.npz"
+
+
+def _ended_with(root: Path) -> dict[str, Any]:
+    """What a run that has ended says of its traces."""
+    path = root / "run.json"
+    return (read_json(path, "run").get("traces") or {}) if path.is_file() else {}
 
 
 def versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora.config import Config, load_config
+from bayesian_lora.config import Config, load_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment import comparison_table
 from bayesian_lora.experiment.cells import (
@@ -30,6 +30,7 @@ from bayesian_lora.experiment.train import train
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.utils.files import read_json, write_atomic, write_json
+from bayesian_lora.utils.lock import locked
 
 RECORD, TABLE = "comparison.json", "comparison.csv"
 Entry = dict[str, Any]
@@ -56,10 +57,10 @@ def compare(
     for cell in plan.cells:
         _check_inputs(cell)
     comparison = Comparison(plan, progress)
-    comparison.open()
     varied = ", ".join(f"{key} ({len(values)})" for key, values in plan.axes.items())
-    progress.say(f"{len(plan.cells)} cells over {varied}, in {plan.root}")
-    with _resumable(comparison, config_path, arguments):
+    with locked(plan.root), _resumable(comparison, config_path, arguments):
+        comparison.open()
+        progress.say(f"{len(plan.cells)} cells over {varied}, in {plan.root}")
         for number, cell in enumerate(plan.cells, start=1):
             comparison.run(cell, f"[{number}/{len(plan.cells)}] {cell.name}")
     for line in comparison.closing_lines():
@@ -80,7 +81,7 @@ def _resumable(
     """An interrupt leaves everything as it is and says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, OSError):
         done = [e for e in comparison.entries.values() if e["status"] == "finished"]
         same = [item for item in arguments if not item.startswith("output.overwrite=")]
         command = shlex.join(["bayesian-lora", "compare", str(config_path), *same])
@@ -202,8 +203,8 @@ class Comparison:
         else:
             entry["warm_start"] = cell.name
         self.write()
-        if folder.is_dir():
-            shutil.rmtree(folder)
+        if folder.is_dir() and not _is_of(folder, cell.config):
+            shutil.rmtree(folder)  # else `train` goes on where the cell ended
         return config
 
     def _donor(self, cell: Cell) -> str | None:
@@ -270,7 +271,7 @@ def _finished(folder: Path, config: Config) -> Entry | None:
 
 def _is_of(folder: Path, config: Config) -> bool:
     try:
-        return settings_of(load_config(folder / "config.yaml")) == settings_of(config)
+        return settings_of(load_run_config(folder)) == settings_of(config)
     except InputError:
         return False
 

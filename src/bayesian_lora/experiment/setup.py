@@ -3,6 +3,7 @@
 Shapes: M chains, K members.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,9 +32,10 @@ from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.progress import Progress
 from bayesian_lora.sampling import Streams
 from bayesian_lora.utils.hub import offline_if_unreachable
-from bayesian_lora.utils.rng import chain_generators
+from bayesian_lora.utils.rng import chain_generators, derive_seed
 
 DATA_VARIABLE = "BAYESIAN_LORA_DATA"
+STREAMS = tuple(field.name for field in dataclasses.fields(Streams))
 
 
 @dataclass(frozen=True)
@@ -233,13 +235,16 @@ def build_model(
 def make_streams(config: Config, device: torch.device) -> Streams:
     """Every chain's generators; what acts on tensors draws on their device."""
     seed, numbers = config.seed, range(config.sampler.chains)
+    on = {"dropout": device, "noise": device}
     return Streams(
-        order=chain_generators(seed, numbers, "order"),
-        dropout=chain_generators(seed, numbers, "dropout", device),
-        batches=chain_generators(seed, numbers, "batches"),
-        noise=chain_generators(seed, numbers, "noise", device),
-        probe=chain_generators(seed, numbers, "probe"),
+        **{name: chain_generators(seed, numbers, name, on.get(name, "cpu")) for name in STREAMS}
     )
+
+
+def chain_seeds(config: Config) -> dict[str, list[int]]:
+    """What every chain's generators were seeded with, by purpose; see `utils.rng`."""
+    purposes, numbers = ("init", *STREAMS), range(config.sampler.chains)
+    return {name: [derive_seed(config.seed, m, name) for m in numbers] for name in purposes}
 
 
 @torch.no_grad()
@@ -278,6 +283,7 @@ def run_facts(setup: Setup) -> dict[str, Any]:
     config = setup.config
     return {
         "seed": config.seed,
+        "chain_seeds": chain_seeds(config),
         "device": str(setup.model.device),
         "threads": torch.get_num_threads(),
         "data": {"fingerprint": setup.raw.fingerprint(), "sizes": _sizes(setup.raw)},

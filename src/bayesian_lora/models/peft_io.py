@@ -5,7 +5,6 @@ tensors without a chain dimension.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.hf_lora import LoraSpec
+from bayesian_lora.utils.files import write_atomic
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -74,15 +74,9 @@ def write_member(folder: Path, member: Mapping[str, Tensor], config_text: str) -
     Returns:
         The bytes of the weights file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save(peft_tensors(member), metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    temporary = folder / (WEIGHTS_FILE + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(weights)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / WEIGHTS_FILE)
+    write_atomic(folder / CONFIG_FILE, config_text)
+    write_atomic(folder / WEIGHTS_FILE, weights)
     return weights
 
 
