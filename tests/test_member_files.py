@@ -109,10 +109,11 @@ def test_a_writer_goes_on_from_its_state(
     """What was written after the state was taken is forgotten and written again."""
     monkeypatch.setattr(member_files, "FOLDER_LIMIT", limit)
     first = MemberWriter(tmp_path, CONFIG, 8)
-    for k in range(8):
-        if k == 4:
-            state = first.state_dict()
-        first.add(member(k + 100 * (k >= 4)), record(k))
+    for k in range(4):
+        first.add(member(k), record(k))
+    state = first.state_dict()
+    for k in range(4, 8):
+        first.add(member(100 + k), record(k))
     first.flush()
     second = MemberWriter(tmp_path, CONFIG, 8)
     second.load_state_dict(state)

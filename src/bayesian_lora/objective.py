@@ -67,9 +67,8 @@ class Objective:
 
         def compute() -> Tensor:
             nonlocal called
-            self.model.zero_grad(set_to_none=True)
-            if self.log_noise is not None:
-                self.log_noise.grad = None
+            for tensor in self._tensors():
+                tensor.grad = None
             total = torch.zeros(rows.shape[0], device=self.model.device)
             correct = torch.zeros_like(total)
             for batch in self.data.micro_batches(rows, size, self.model.device):
@@ -92,14 +91,15 @@ class Objective:
 
         return compute
 
+    def _tensors(self) -> list[Tensor]:
+        """All that has a gradient, each (M, …)."""
+        noise = [] if self.log_noise is None else [self.log_noise]
+        return [*self.model.chain_parameters().values(), *noise]
+
     def _gradient_sum(self) -> Tensor:
         """(M,), not finite where any part of a chain's gradient is not."""
-        tensors = [*self.model.chain_parameters().values()]
-        if self.log_noise is not None:
-            tensors.append(self.log_noise)  # type: ignore[arg-type]
-        chains = self.model.num_chains
-        parts = [t.grad.reshape(chains, -1).sum(1) for t in tensors if t.grad is not None]
-        return torch.stack(parts).sum(0)
+        grads = [t.grad for t in self._tensors() if t.grad is not None]
+        return torch.stack([g.reshape(len(g), -1).sum(1) for g in grads]).sum(0)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Cut model and noise scales to these chains, in place: optimisers go on with them."""

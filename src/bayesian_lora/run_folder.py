@@ -23,15 +23,15 @@ from bayesian_lora.utils.files import (
 )
 from bayesian_lora.utils.lock import LOCK
 
-REPLACED = "being replaced"
+BEGINNING = "beginning"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
 
 
 class RunFolder:
     """`runs/<experiment>/`: config, status, log, traces, predictions, metrics.
 
-    Statuses in `run.json`: ``running``, ``sampled``, ``finished``, ``stopped`` (with the reason),
-    ``being replaced``.
+    Statuses in `run.json`: ``beginning`` (an old run is cleared away), ``running``, ``sampled``,
+    ``finished``, ``stopped`` (with the reason).
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -76,8 +76,8 @@ class RunFolder:
     def begin(self, config_text: str, facts: dict[str, Any]) -> None:
         """Clear a replaced run; write `config.yaml` and the first `run.json`."""
         self.root.mkdir(parents=True, exist_ok=True)
-        if (self.root / "run.json").is_file():  # killed in what follows, it is still a run's folder
-            write_json(self.root / "run.json", {"status": REPLACED})
+        # Killed in what follows, it is still a run's folder.
+        write_json(self.root / "run.json", {"status": BEGINNING})
         for old in self.root.iterdir():  # the folder itself may be a link or a mount
             if old.name in (LOCK, "run.json"):
                 continue

@@ -189,7 +189,7 @@ class Comparison:
             self.write()
 
     def _begin(self, cell: Cell) -> Config:
-        """The config of a cell's run, with its folder cleared and its warm start chosen."""
+        """The config of a cell's run, with its warm start chosen; `train` goes on in its folder."""
         config = copy.deepcopy(cell.config)
         folder = self.root / cell.name
         config.output.dir, config.output.overwrite = str(folder), False
@@ -203,8 +203,6 @@ class Comparison:
         else:
             entry["warm_start"] = cell.name
         self.write()
-        if folder.is_dir() and not _is_of(folder, cell.config):
-            shutil.rmtree(folder)  # else `train` goes on where the cell ended
         return config
 
     def _donor(self, cell: Cell) -> str | None:

@@ -13,7 +13,7 @@ from bayesian_lora.config import Config, load_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.cells import differences, settings_of
 from bayesian_lora.experiment.setup import Setup, run_facts
-from bayesian_lora.run_folder import REPLACED, RunFolder, versions
+from bayesian_lora.run_folder import BEGINNING, RunFolder, versions
 from bayesian_lora.utils.checkpoint import Damaged, read_checkpoint
 from bayesian_lora.utils.files import read_json
 
@@ -36,7 +36,7 @@ def find_earlier(config: Config, resume: bool = True) -> bool:
         RunFolder(root).check_free(config.output.overwrite)
         return False
     status = read_json(root / "run.json", "run").get("status", "unknown")
-    if status == REPLACED:  # and the process died over it
+    if status == BEGINNING:  # and the process died over it
         return False
     old, new = (settings_of(c) for c in (load_run_config(root), config))
     longer = new["sampler.num_samples"] > old["sampler.num_samples"]
