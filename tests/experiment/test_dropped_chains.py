@@ -15,6 +15,7 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.experiment.run import Run
 from bayesian_lora.experiment.train import train
+from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import read_starts, read_traces
 from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.warm_start import StepReport
@@ -79,7 +80,10 @@ def test_the_others_go_on_as_if_it_had_never_been(
 
 
 def test_what_is_left_of_it_on_disk(
-    tiny_models: dict[str, Path], tmp_path: Path, patch: pytest.MonkeyPatch
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its record, its early samples (listed, not in the ensemble), NaN where its traces end."""
     Poison("sampling", 3).install(patch)
@@ -105,8 +109,41 @@ def test_what_is_left_of_it_on_disk(
     lines = (root / "log.jsonl").read_text().splitlines()
     assert '"loss": [' in lines[-1]
     assert "null" in lines[-1].split("loss")[1].split("]")[0]
-    again = evaluate_run(root, progress=QUIET)
+    again = evaluate_run(root, progress=Progress())
     assert again["diagnostics"] == figures["diagnostics"]
+    told = "Chain 1 was dropped, with its samples, in sampling after step 3: the loss is not finite"
+    assert told in capsys.readouterr().out
+    assert figures["diagnostics"]["departures"] is None
+    assert "40 steps" in figures["diagnostics"]["departures_reason"]
+
+
+def test_a_chain_that_climbs_is_reported(
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Pushed away after burn-in: said as it happens, in the record, and once more at the end."""
+    kept = Run.on_step
+
+    def push(run: Run, report: StepReport) -> None:
+        kept(run, report)
+        if report.phase == "sampling":
+            for tensor in run.setup.model.chain_parameters().values():
+                tensor.data[1] *= 1.15
+
+    patch.setattr(Run, "on_step", push)
+    keys = ("sampler.burn_in=40", "sampler.num_samples=40", "output.checkpoint_seconds=60")
+    config = config_of(tiny_models["bert"], tmp_path / "run", *keys)
+    root = train(config, Progress(terminal=False))
+    (found,) = read(root / "run.json")["departures"]
+    assert found["chain"] == 1
+    assert found["step"] > 40
+    assert found["energy"] > found["mean"] + 6 * found["sd"]
+    assert read(root / "metrics.json")["diagnostics"]["departures"] == [found]
+    out = capsys.readouterr().out
+    assert "Warning: chain 1: energy per example" in out
+    assert f"Chain 1 left its energies of burn-in at step {found['step']}" in out
 
 
 @pytest.mark.parametrize("phase", [("map", 4), ("burn_in", 2), ("sampling", 6)])

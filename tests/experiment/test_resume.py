@@ -16,6 +16,7 @@ from bayesian_lora.experiment.run import Run
 from bayesian_lora.experiment.train import train
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.checkpoint import NEWEST
+from bayesian_lora.utils.rng import derive_seed
 from bayesian_lora.warm_start import StepReport
 
 from .same_runs import QUIET, assert_same_run, config_of, read
@@ -107,6 +108,27 @@ def test_every_kind_of_run_goes_on(
     assert_same_run(tmp_path / "run", whole(*keys))
 
 
+@pytest.mark.parametrize("steps", [16, 17, 18, 19])
+def test_traces_are_appended_part_by_part(
+    whole: Make,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    """Also where parts were written after the last checkpoint: they are made again."""
+    monkeypatch.setattr("bayesian_lora.experiment.run.ROWS_A_PART", 2)
+    config = config_of(tiny_models["bert"], tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_after(patch, steps, checkpoint=steps % 2 == 0)
+        with pytest.raises(Killed):
+            train(config, QUIET)
+    train(config, QUIET)
+    parts = sorted(path.name for path in (tmp_path / "run" / "traces").glob("part_*"))
+    assert parts == [f"part_0000{n}.npz" for n in (1, 2, 3)]
+    assert_same_run(tmp_path / "run", whole())
+
+
 @pytest.mark.parametrize("keys", [(), ("sampler.name=csgld", "sampler.cycle_steps=4")])
 def test_a_finished_run_is_extended(
     whole: Make, tiny_models: dict[str, Path], tmp_path: Path, keys: tuple[str, ...]
@@ -181,6 +203,19 @@ def test_another_config_is_refused_and_nothing_is_lost(
 def test_a_finished_run_is_not_made_twice(whole: Make, tiny_models: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="already holds this run"):
         train(config_of(tiny_models["bert"], whole()), QUIET)
+
+
+def test_every_chains_seeds_are_recorded_and_distinct(whole: Make) -> None:
+    seeds = read(whole() / "run.json")["chain_seeds"]
+    assert seeds.keys() == {"init", "order", "dropout", "batches", "noise", "probe"}
+    assert seeds["noise"] == [derive_seed(0, chain, "noise") for chain in range(2)]
+    assert len({seed for row in seeds.values() for seed in row}) == 2 * 6
+
+
+def test_the_same_seed_gives_the_same_bits(
+    whole: Make, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    assert_same_run(train(config_of(tiny_models["bert"], tmp_path / "run"), QUIET), whole())
 
 
 def test_members_are_equal_in_memory_too(whole: Make) -> None:

@@ -13,6 +13,7 @@ from bayesian_lora import diagnostics, evaluation, summary
 from bayesian_lora.config import Config, load_run_config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
+from bayesian_lora.energy_range import LEAST
 from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.setup import (
@@ -166,6 +167,8 @@ def run_diagnostics(root: Path) -> Figures:
     )
     figures = diagnostics.summarise(rows or {}, starts)
     figures |= {name: run.get(name) for name in ("dropped_chains", "departures")}
+    if figures["departures"] is None:
+        figures["departures_reason"] = f"burn-in has fewer than {2 * LEAST} steps"
     figures["t_eff"] = run.get("t_eff")
     if figures["t_eff"] is None:
         figures["t_eff_reason"] = "fewer than two sampling steps were made, or it overflowed"
