@@ -199,7 +199,8 @@ class RunState:
         own = self.model.chain_parameters()
         if any(own[name].shape != tensor.shape for name, tensor in state["model"].items()):
             self.model.load_chains(state["model"])  # one fit had been spread over the chains
-            self.objective.log_noise = state["log_noise"]
+            if self.objective.log_noise is not None:
+                self.objective.log_noise = state["log_noise"].to(self.model.device)
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state["model"][name])

@@ -232,7 +232,8 @@ class WarmStart:
         self.losses = state["losses"].clone()
         self.best_loss = state["best_loss"].clone()
         self.best_epoch = state["best_epoch"].clone()
-        self.best = {name: tensor.clone() for name, tensor in state["best"].items()}
+        device = self.objective.model.device
+        self.best = {name: t.to(device, copy=True) for name, t in state["best"].items()}
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 

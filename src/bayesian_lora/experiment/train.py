@@ -50,8 +50,8 @@ def train(config: Config, progress: Progress | None = None, resume: bool = True)
             with run.timed("sample_s"):
                 phases.sample(run)
             folder.finish("sampled", **run.facts())
-            evaluate_run(folder.root, progress=progress, setup=setup)
-            folder.finish("finished", **run.facts())
+        evaluate_run(folder.root, progress=progress, setup=setup)
+        folder.finish("finished", **run.facts())
     return folder.root
 
 
