@@ -39,6 +39,8 @@ class Ensemble:
     ) -> None:
         if not members:
             raise InputError("an ensemble needs at least one member, found none")
+        if not 0 < sum(record.weight for record in records) < float("inf"):
+            raise InputError("the members' weights do not sum to a positive number")
         self.provenance = provenance
         self.records = list(records)
         self.members = list(members)

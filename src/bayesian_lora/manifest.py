@@ -1,6 +1,7 @@
 """`ensemble.json`: what members belong to, how they came about, and which they are."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +83,24 @@ def read_manifest(root: Path) -> tuple[Provenance, list[MemberRecord], list[Memb
         names = [field.name for field in dataclasses.fields(Provenance)]
         provenance = Provenance(**{name: value[name] for name in names})
         records, starts = ([parse_record(row) for row in value[k]] for k in ("members", "starts"))
-        _ = provenance.spec
+        _check_spec(provenance.spec)
     except KeyError as error:
         raise InputError(f"{path}: damaged, {error} is missing; restore the file") from error
     except TypeError as error:
         raise InputError(f"{path}: damaged, {error}; restore the file") from error
     return provenance, records, starts
+
+
+def _check_spec(spec: LoraSpec) -> None:
+    """Raises TypeError for an adapter that there cannot be."""
+    right = {
+        "rank": type(spec.rank) is int and 1 <= spec.rank < 2**31,
+        "alpha": 0 < spec.alpha <= sys.float_info.max,
+        "dropout": 0 <= spec.dropout < 1,
+        "target_modules": all(isinstance(name, str) for name in spec.target_modules),
+        "head_modules": all(isinstance(name, str) for name in spec.head_modules),
+        "rslora": isinstance(spec.rslora, bool),
+        "base": isinstance(spec.base, str),
+    }
+    if wrong := [name for name, good in right.items() if not good]:
+        raise TypeError(f"lora.{wrong[0]} is {getattr(spec, wrong[0])!r}")

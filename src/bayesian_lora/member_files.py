@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +54,8 @@ def parse_record(row: Any) -> MemberRecord:
     kinds = {
         "path": isinstance(record.path, str),
         "sha256": isinstance(record.sha256, str),
-        "chain": type(record.chain) is int,
-        "draw": type(record.draw) is int,
-        "step": type(record.step) is int,
-        "index": index is None or type(index) is int,
+        **{name: _is_count(getattr(record, name)) for name in ("chain", "draw", "step")},
+        "index": index is None or _is_count(index),
         "weight": _is_number(record.weight) and record.weight >= 0,
         "noise_std": noise is None or (_is_number(noise) and noise > 0),
     }
@@ -67,7 +65,11 @@ def parse_record(row: Any) -> MemberRecord:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # also not NaN
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 class MemberWriter:
@@ -145,7 +147,10 @@ class MemberWriter:
                 f"{self.index_file}: damaged, its first {size} bytes are not those the run wrote; "
                 "restore it, or begin again with output.overwrite=true"
             )
-        self.records = [parse_record(json.loads(line)) for line in content.splitlines()]
+        try:
+            self.records = [parse_record(json.loads(line)) for line in content.splitlines()]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{self.index_file}: damaged, {error}; restore it") from error
         self._index_size, self._index_digest = size, digest
         if self.index_file.is_file():
             os.truncate(self.index_file, size)
@@ -217,7 +222,11 @@ def read_verified(root: Path, record: MemberRecord, packs: PackReader) -> dict[s
         InputError: naming the member and what is wrong with it.
     """
     path = root / record.path
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # NUL, half a character, a loop of links
+        raise InputError(f"{record.path!r}: no path of a member ({error})") from error
+    if not inside:
         raise InputError(f"{record.path}: a member's path must lie inside {root}")
     if record.index is not None:
         member = packs.read(record)

@@ -110,7 +110,8 @@ class RunFolder:
         if log.is_file():
             os.truncate(log, min(log.stat().st_size, state["log_bytes"]))
         for path in (self.root / "traces").glob("part_*.npz"):
-            if int(path.stem.removeprefix("part_")) > self.parts:
+            number = path.stem.removeprefix("part_")
+            if number.isdigit() and int(number) > self.parts:
                 path.unlink()
         self._write_status()
 
@@ -175,6 +176,9 @@ def read_traces(root: Path) -> dict[str, np.ndarray]:
     chains = [{name: x.shape[:-1] for name, x in part.items()} for part in parts]
     if odd := [path for path, found in zip(paths, chains, strict=True) if found != chains[0]]:
         raise InputError(f"{odd[0]}: damaged, its quantities or chains are not those of part 1")
+    for path, part in zip(paths, parts, strict=True):
+        if odd := [n for n, x in part.items() if x.ndim != 2 or x.dtype.kind not in "biuf"]:
+            raise InputError(f"{path}: damaged, {odd[0]} is no array (chains, rows) of numbers")
     names = parts[0].keys() if parts else ()
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in names}
 
@@ -203,7 +207,10 @@ def _part(root: Path, number: int) -> Path:
 def _ended_with(root: Path) -> dict[str, Any]:
     """What a run that has ended says of its traces."""
     path = root / "run.json"
-    return (read_json(path, "run").get("traces") or {}) if path.is_file() else {}
+    traces = (read_json(path, "run").get("traces") or {}) if path.is_file() else {}
+    if not isinstance(traces, dict) or type(traces.get("parts", 0)) is not int:
+        raise InputError(f"{path}: damaged, traces is {traces!r}; restore it")
+    return traces
 
 
 def versions() -> dict[str, str]:

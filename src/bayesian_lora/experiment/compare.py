@@ -263,7 +263,8 @@ def _finished(folder: Path, config: Config) -> Entry | None:
     try:
         finished = read_json(folder / "run.json", "run").get("status") == "finished"
         return _figures(folder) if finished and _is_of(folder, config) else None
-    except (InputError, KeyError, TypeError):  # a file is missing, damaged or of another version
+    # A file is missing, damaged or of another version.
+    except (InputError, LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -282,12 +283,11 @@ def _terms(axes: Axes, common: Settings) -> Settings:
 
 def _read_record(root: Path) -> Entry:
     record = read_json(root / RECORD, "comparison")
-    keys = {"name", "folder", "status", "error", "warm_start", "starts_from"}
     kinds = {"axes": dict, "config": dict, "cells": list}
     if not (
         all(isinstance(record.get(name), kind) for name, kind in kinds.items())
-        and all(isinstance(v, str) for texts in record["axes"].values() for v in texts)
-        and all(isinstance(entry, dict) and keys <= entry.keys() for entry in record["cells"])
+        and all(comparison_table.are_texts(values) for values in record["axes"].values())
+        and all(comparison_table.is_entry(entry) for entry in record["cells"])
     ):
         raise InputError(
             f"{root / RECORD}: damaged, it is no comparison's record; name another folder with "

@@ -95,8 +95,12 @@ def check_same_inputs(root: Path, setup: Setup) -> list[str]:
         InputError: they are not.
     """
     run = read_json(root / "run.json", "run")
+    data = run.get("data")
     pairs = {
-        "the data": (run.get("data", {}).get("fingerprint"), setup.raw.fingerprint()),
+        "the data": (
+            data.get("fingerprint") if isinstance(data, dict) else None,
+            setup.raw.fingerprint(),
+        ),
         "the base model's weights": (run.get("model_fingerprint"), setup.fingerprint),
     }
     for what, (old, new) in pairs.items():

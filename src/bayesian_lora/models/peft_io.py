@@ -5,6 +5,7 @@ tensors without a chain dimension.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def read_spec(folder: Path) -> LoraSpec:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found, so this is no PEFT adapter folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, it is not JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is not LORA; only LoRA adapters are read")
@@ -104,19 +105,40 @@ def read_spec(folder: Path) -> LoraSpec:
         odd.append("a pattern for target_modules")
     if odd:
         raise InputError(f"{path}: has {', '.join(odd)}, which plain LoRA does not cover")
-    try:
-        return LoraSpec(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            target_modules=tuple(sorted(config["target_modules"])),
-            rslora=bool(config.get("use_rslora")),
-            head_modules=tuple(config.get("modules_to_save") or ()),
-            base=str(config.get("base_model_name_or_path") or ""),
+    return _checked_spec(path, config)
+
+
+def _checked_spec(path: Path, config: dict[str, Any]) -> LoraSpec:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    dropout, base = config.get("lora_dropout") or 0.0, config.get("base_model_name_or_path") or ""
+    targets, heads = config.get("target_modules"), config.get("modules_to_save") or []
+    largest = sys.float_info.max
+    right = {
+        "r": type(rank) is int and 1 <= rank < 2**31,
+        "lora_alpha": type(alpha) in (int, float) and 0 < alpha <= largest,  # type: ignore
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+        "target_modules": _names(targets) and targets != [],
+        "modules_to_save": _names(heads),
+        "base_model_name_or_path": isinstance(base, str),
+    }
+    if wrong := [name for name, good in right.items() if not good]:
+        needed = "numbers r and lora_alpha and a list target_modules"
+        raise InputError(
+            f"{path}: damaged, it needs {needed} ({wrong[0]} is {config.get(wrong[0])!r})"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = "numbers r and lora_alpha and a list target_modules"
-        raise InputError(f"{path}: damaged, it needs {wanted} ({error})") from error
+    return LoraSpec(
+        rank=rank,  # type: ignore[arg-type]
+        alpha=float(alpha),  # type: ignore[arg-type]
+        dropout=float(dropout),
+        target_modules=tuple(sorted(targets)),  # type: ignore[arg-type]
+        rslora=bool(config.get("use_rslora")),
+        head_modules=tuple(heads),
+        base=base,
+    )
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def read_member(folder: Path) -> dict[str, Tensor]:

@@ -83,7 +83,10 @@ def decode(path: Path) -> Any:
         raise Damaged(f"{path}: not readable ({error})") from error
     if not whole:
         raise Damaged(f"{path}: altered, its sha256 is not the recorded one")
-    return _unfold(json.loads(text), tensors)
+    try:
+        return _unfold(json.loads(text), tensors)
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise Damaged(f"{path}: no checkpoint of this version ({error})") from error
 
 
 def _fold(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -5,6 +5,7 @@ JSON objects carry a checksum of themselves, so that a flipped bit is not taken 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,18 +85,31 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         InputError: missing, unreadable, not JSON, not an object, or changed.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found, so there is no {what} here") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, it is not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged, a JSON object is expected")
-    if (given := value.pop(CHECKSUM, None)) is not None and given != _checksum(value):
+    given = value.pop(CHECKSUM, None)
+    try:
+        changed = given is not None and given != _checksum(value)
+    except RecursionError:  # nested a little less deeply than what cannot be read
+        changed = True
+    if changed:
         raise InputError(
             f"{path}: damaged, or changed since it was written (its checksum differs); restore "
             "it, or take its checksum line out if the change is yours"
         )
+    return value
+
+
+def _finite(text: str) -> float:
+    """A JSON number; NaN, infinity and what is too large for a float are none."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
     return value
 
 
@@ -118,6 +132,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged archive raises whatever its first odd byte leads to
-        raise InputError(f"{path}: missing or damaged ({error})") from error
+        # numpy's advice on pickled data is to load it unsafely.
+        why = "it holds pickled data" if "pickle" in str(error) else str(error)
+        raise InputError(f"{path}: missing or damaged ({why})") from error
+    if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
+        raise InputError(f"{path}: damaged, {odd[0]} is no array")
+    return arrays
