@@ -177,13 +177,19 @@ def load_run_config(root: str | Path, overrides: Sequence[str] = ()) -> Config:
         InputError: as `load_config`, or it has been changed since the run wrote it.
     """
     path = Path(root) / "config.yaml"
-    config = load_config(path, overrides)
+    try:
+        config = load_config(path)
+    except InputError as error:
+        raise InputError(f"{error}; restore the file, as the run wrote it") from error
+    config = load_config(path, overrides) if overrides else config
     text, seal, digest = path.read_text(encoding="utf-8").rpartition(SEAL)
     if seal and digest.strip() != hashlib.sha256(text.encode()).hexdigest():
         raise InputError(
             f"{path}: changed since the run wrote it (its checksum differs); restore it, or take "
             "its last line out if the change is yours"
         )
+    if not seal and "compare" not in (yaml.safe_load(digest) or {}):
+        raise InputError(f"{path}: damaged, its end is missing; restore the file")
     return config
 
 

@@ -222,6 +222,6 @@ def read_members(root: Path, records: Sequence[MemberRecord]) -> list[dict[str, 
             odd = sorted({name for name, _ in set(found) ^ set(usual)})
             raise InputError(
                 f"{root / record.path}: a member of another shape than the others ({odd[0]}); "
-                "it belongs to another run"
+                "it belongs to another run; restore the one that was written here"
             )
     return members

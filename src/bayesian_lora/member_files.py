@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from bayesian_lora.errors import InputError
-from bayesian_lora.models.peft_io import WEIGHTS_FILE, read_member, write_member
+from bayesian_lora.models.peft_io import CONFIG_FILE, WEIGHTS_FILE, read_member, write_member
 from bayesian_lora.models.sources import file_sha256
 from bayesian_lora.utils.files import append_json_line, write_atomic
 
@@ -30,7 +30,7 @@ class MemberRecord:
 
     path: relative to the run, a PEFT folder or a pack; index: the place in a pack, else None;
     sha256: of the weights file (of a pack: of this member's tensors); noise_std: of the Gaussian
-    likelihood, None for classification.
+    likelihood, None for classification; config_sha256: of the PEFT config beside the weights.
     """
 
     path: str
@@ -41,6 +41,7 @@ class MemberRecord:
     sha256: str = ""
     noise_std: float | None = None
     index: int | None = None
+    config_sha256: str = ""
 
 
 def parse_record(row: Any) -> MemberRecord:
@@ -54,6 +55,7 @@ def parse_record(row: Any) -> MemberRecord:
     kinds = {
         "path": isinstance(record.path, str),
         "sha256": isinstance(record.sha256, str),
+        "config_sha256": isinstance(record.config_sha256, str),
         **{name: _is_count(getattr(record, name)) for name in ("chain", "draw", "step")},
         "index": index is None or _is_count(index),
         "weight": _is_number(record.weight) and record.weight >= 0,
@@ -152,6 +154,9 @@ class MemberWriter:
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{self.index_file}: damaged, {error}; restore it") from error
         self._index_size, self._index_digest = size, digest
+        packs = PackReader(self.root)
+        for record in self.records:
+            read_verified(self.root, record, packs)
         if self.index_file.is_file():
             os.truncate(self.index_file, size)
         self._pack = [(member, MemberRecord(**record)) for member, record in state["pack"]]
@@ -176,6 +181,8 @@ def write_folder(
     """
     check_record(member, record)
     weights = write_member(path, member, config_text)
+    config_sha256 = hashlib.sha256(config_text.encode()).hexdigest()
+    record = dataclasses.replace(record, config_sha256=config_sha256)
     return _placed(record, root, path, hashlib.sha256(weights).hexdigest(), None)
 
 
@@ -209,7 +216,9 @@ class PackReader:
             try:
                 self._packs[record.path] = load_file(path)
             except (OSError, safetensors.SafetensorError) as error:
-                raise InputError(f"{path}: member file missing or damaged ({error})") from error
+                raise InputError(
+                    f"{path}: member file missing or damaged ({error}); restore it"
+                ) from error
         prefix = f"{record.index}/"
         pack = self._packs[record.path]
         return {n.removeprefix(prefix): t for n, t in pack.items() if n.startswith(prefix)}
@@ -222,12 +231,13 @@ def read_verified(root: Path, record: MemberRecord, packs: PackReader) -> dict[s
         InputError: naming the member and what is wrong with it.
     """
     path = root / record.path
+    files = (path,) if record.index is not None else (path, path / WEIGHTS_FILE)
     try:
-        inside = path.resolve().is_relative_to(root.resolve())
+        inside = all(file.resolve().is_relative_to(root.resolve()) for file in files)
     except (OSError, ValueError, RuntimeError) as error:  # NUL, half a character, a loop of links
-        raise InputError(f"{record.path!r}: no path of a member ({error})") from error
+        raise InputError(f"{record.path!r}: no path of a member ({error}); restore it") from error
     if not inside:
-        raise InputError(f"{record.path}: a member's path must lie inside {root}")
+        raise InputError(f"{record.path}: a member's path must lie inside {root}; restore it")
     if record.index is not None:
         member = packs.read(record)
         found = tensors_sha256(member)
@@ -239,11 +249,19 @@ def read_verified(root: Path, record: MemberRecord, packs: PackReader) -> dict[s
             f"{path}: damaged member, its sha256 is {found[:12]}…, recorded {record.sha256[:12]}…; "
             "restore the file or remove the member from ensemble.json"
         )
-    check_finite(member, str(path))
+    if record.index is None and record.config_sha256:
+        _check_config(path / CONFIG_FILE, record.config_sha256)
+    check_finite(member, str(path), "; restore it, or remove it from ensemble.json")
     return member
 
 
-def check_finite(member: Mapping[str, Tensor], what: str) -> None:
+def _check_config(path: Path, sha256: str) -> None:
+    """What PEFT would make of the weights is recorded too."""
+    if not path.is_file() or file_sha256(path) != sha256:
+        raise InputError(f"{path}: missing, or not the recorded file; restore it")
+
+
+def check_finite(member: Mapping[str, Tensor], what: str, remedy: str = "") -> None:
     """Refuse NaN and infinity.
 
     Raises:
@@ -251,7 +269,7 @@ def check_finite(member: Mapping[str, Tensor], what: str) -> None:
     """
     for name, tensor in member.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{what}: {name} is not finite; the member is refused")
+            raise InputError(f"{what}: {name} is not finite; the member is refused{remedy}")
 
 
 def tensors_sha256(member: Mapping[str, Tensor]) -> str:

@@ -38,6 +38,7 @@ class RunFolder:
         self.root = Path(root)
         self.status: dict[str, Any] = {}
         self.parts = 0
+        self.sums: dict[str, str] = {}
         self._began = time.time()
 
     def check_free(self, overwrite: bool) -> None:
@@ -56,7 +57,8 @@ class RunFolder:
                 f"output.dir={str(self.root)!r}: {nearest} cannot be written to; "
                 "name another folder"
             )
-        if not self.root.is_dir() or all(path.name == LOCK for path in self.root.iterdir()):
+        left = (LOCK, "run.json.tmp")  # by a process that died over its first file
+        if not self.root.is_dir() or all(path.name in left for path in self.root.iterdir()):
             return
         record = self.root / "run.json"
         if not record.is_file():
@@ -99,13 +101,14 @@ class RunFolder:
         Raises:
             InputError: a part of the traces from before it is missing.
         """
-        check_parts(self.root, state["trace_parts"])
+        self.verify(state)
         self.status = read_json(self.root / "run.json", "run")
         self.status |= {"status": "running", "pid": os.getpid(), "resumed": _now()}
         for name in ("reason", "traces"):
             self.status.pop(name, None)
         self._began = time.time() - state["wall_s"]
         self.parts = state["trace_parts"]
+        self.sums = dict(state["trace_sums"])
         log = self.root / "log.jsonl"
         if log.is_file():
             os.truncate(log, min(log.stat().st_size, state["log_bytes"]))
@@ -115,19 +118,30 @@ class RunFolder:
                 path.unlink()
         self._write_status()
 
+    def verify(self, state: dict[str, Any]) -> None:
+        """The traces up to a `position` are whole.
+
+        Raises:
+            InputError: one is missing or damaged.
+        """
+        check_parts(self.root, state["trace_parts"])
+        for name, sha256 in state["trace_sums"].items():
+            read_npz(self.root / "traces" / name, sha256)
+
     def position(self) -> dict[str, Any]:
         """Where the appended files stand."""
         log = self.root / "log.jsonl"
         return {
             "wall_s": time.time() - self._began,
             "trace_parts": self.parts,
+            "trace_sums": dict(self.sums),
             "log_bytes": log.stat().st_size if log.is_file() else 0,
         }
 
     def finish(self, status: str, **facts: Any) -> None:
         """The last `run.json`: status, wall time and whatever else is known."""
         wall = time.time() - self._began
-        traces = {"parts": self.parts, "starts": self.starts_written()}
+        traces = {"parts": self.parts, "starts": self.starts_written(), "sha256": self.sums}
         self.status |= {"status": status, "ended": _now(), "wall_s": round(wall, 2), **facts}
         self.status["traces"] = traces
         self._write_status()
@@ -142,8 +156,9 @@ class RunFolder:
     def write_traces(self, arrays: dict[str, np.ndarray]) -> None:
         """The next `traces/part_….npz`, numbered from 1: arrays (M, rows) named by quantity."""
         if arrays:
+            path = _part(self.root, self.parts + 1)
+            self.sums[path.name] = write_npz(path, arrays)
             self.parts += 1
-            write_npz(_part(self.root, self.parts), arrays)
 
     def starts_written(self) -> bool:
         """Whether `write_starts` has been called."""
@@ -151,7 +166,7 @@ class RunFolder:
 
     def write_starts(self, row: dict[str, np.ndarray]) -> None:
         """`traces/starts.npz`: the same quantities (M,) before the first sampling step."""
-        write_npz(self.root / "traces" / "starts.npz", row)
+        self.sums["starts.npz"] = write_npz(self.root / "traces" / "starts.npz", row)
 
     def write_predictions(self, split: str, arrays: dict[str, np.ndarray]) -> None:
         """`predictions/<split>.npz`."""
@@ -170,9 +185,11 @@ def read_traces(root: Path) -> dict[str, np.ndarray]:
     Raises:
         InputError: a damaged part, or one that is missing.
     """
-    check_parts(root, _ended_with(root).get("parts", 0))
+    ended = _ended_with(root)
+    check_parts(root, ended.get("parts", 0))
+    sums = ended.get("sha256", {})
     paths = sorted((root / "traces").glob("part_*.npz"))
-    parts = [read_npz(path) for path in paths]
+    parts = [read_npz(path, sums.get(path.name)) for path in paths]
     chains = [{name: x.shape[:-1] for name, x in part.items()} for part in parts]
     if odd := [path for path, found in zip(paths, chains, strict=True) if found != chains[0]]:
         raise InputError(f"{odd[0]}: damaged, its quantities or chains are not those of part 1")
@@ -190,7 +207,9 @@ def read_starts(root: Path) -> dict[str, np.ndarray] | None:
         InputError: damaged, or gone since the run ended.
     """
     path = root / "traces" / "starts.npz"
-    return read_npz(path) if path.is_file() or _ended_with(root).get("starts") else None
+    ended = _ended_with(root)
+    sha256 = ended.get("sha256", {}).get(path.name)
+    return read_npz(path, sha256) if path.is_file() or ended.get("starts") else None
 
 
 def check_parts(root: Path, number: int) -> None:
@@ -208,7 +227,10 @@ def _ended_with(root: Path) -> dict[str, Any]:
     """What a run that has ended says of its traces."""
     path = root / "run.json"
     traces = (read_json(path, "run").get("traces") or {}) if path.is_file() else {}
-    if not isinstance(traces, dict) or type(traces.get("parts", 0)) is not int:
+    kinds = {"parts": int, "sha256": dict}
+    if not isinstance(traces, dict) or any(
+        type(traces.get(name, kind())) is not kind for name, kind in kinds.items()
+    ):
         raise InputError(f"{path}: damaged, traces is {traces!r}; restore it")
     return traces
 

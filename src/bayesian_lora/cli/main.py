@@ -3,8 +3,11 @@
 Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -162,10 +165,27 @@ def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str |
     return folder, given.get("data.dir"), given.get("device")
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as an interrupt does, in good order, with status 143.
+
+    From the first moment on: a run has handlers of its own only while it is under way.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake is one line and status 2, an interrupt status 130."""
     try:
-        app(args=list(arguments) if arguments is not None else None)
+        with _terminable():
+            app(args=list(arguments) if arguments is not None else None)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)

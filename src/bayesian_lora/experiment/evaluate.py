@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 
 from bayesian_lora import diagnostics, evaluation, summary
-from bayesian_lora.config import Config, load_run_config
+from bayesian_lora.config import Config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
 from bayesian_lora.energy_range import LEAST
 from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.resume import load_own_config
 from bayesian_lora.experiment.setup import (
     Setup,
     ask_hub_once,
@@ -66,7 +67,7 @@ def evaluate_run(
     """
     began = time.monotonic()
     progress = progress or Progress()
-    config = setup.config if setup else load_run_config(root)
+    config = setup.config if setup else load_own_config(root)
     config.data.dir = data_dir or config.data.dir
     config.device = device or config.device
     full = Ensemble.load(root)

@@ -11,8 +11,9 @@ from typing import Any
 
 from bayesian_lora.config import Config, load_run_config
 from bayesian_lora.errors import InputError
-from bayesian_lora.experiment.cells import differences, settings_of
+from bayesian_lora.experiment.cells import differences, identity, settings_of
 from bayesian_lora.experiment.setup import Setup, run_facts
+from bayesian_lora.member_files import PackReader, parse_record, read_verified
 from bayesian_lora.run_folder import BEGINNING, RunFolder, versions
 from bayesian_lora.utils.checkpoint import Damaged, read_checkpoint
 from bayesian_lora.utils.files import read_json
@@ -38,7 +39,8 @@ def find_earlier(config: Config, resume: bool = True) -> bool:
     status = read_json(root / "run.json", "run").get("status", "unknown")
     if status == BEGINNING:  # and the process died over it
         return False
-    old, new = (settings_of(c) for c in (load_run_config(root), config))
+    theirs = load_own_config(root)
+    old, new = settings_of(theirs), settings_of(config)
     longer = new["sampler.num_samples"] > old["sampler.num_samples"]
     if longer:
         old["sampler.num_samples"] = new["sampler.num_samples"]
@@ -57,6 +59,21 @@ def find_earlier(config: Config, resume: bool = True) -> bool:
     return True
 
 
+def load_own_config(root: Path) -> Config:
+    """A run's config; `run.json` must be of the same run.
+
+    Raises:
+        InputError: as `load_run_config`, or it is not.
+    """
+    config = load_run_config(root)
+    if read_json(root / "run.json", "run").get("settings", own := identity(config)) != own:
+        raise InputError(
+            f"{root / 'run.json'}: of another run than config.yaml beside it; restore the one that "
+            "was changed"
+        )
+    return config
+
+
 def _has_figures(root: Path) -> bool:
     try:
         return bool(read_json(root / "metrics.json", "metrics"))
@@ -73,8 +90,8 @@ def read_state(root: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
         tree, trouble = read_checkpoint(root / "checkpoint")
     except FileNotFoundError as error:
-        if not (root / "ensemble.json").is_file():
-            return None, None
+        if not any((root / name).exists() for name in ("samples", "members.jsonl")):
+            return None, None  # nothing was drawn: the warm start is fitted again, to the same bits
         raise _nothing_to_go_on_from(root, "its checkpoint is gone") from error
     except Damaged as error:
         raise _nothing_to_go_on_from(root, str(error)) from error
@@ -86,6 +103,19 @@ def _nothing_to_go_on_from(root: Path, why: str) -> InputError:
         f"{root}: no whole checkpoint to go on from ({why}); evaluate what it has with "
         f"'bayesian-lora eval {root}', or begin again with output.overwrite=true"
     )
+
+
+def check_own(root: Path, tree: dict[str, Any], config: Config) -> None:
+    """A checkpoint is of this run, and the warm starts that it goes on from are whole.
+
+    Raises:
+        InputError: it is not.
+    """
+    if tree["settings"] != identity(config):
+        raise _nothing_to_go_on_from(root, f"{root / 'checkpoint'} is another run's")
+    packs = PackReader(root)
+    for row in tree["starts"]:
+        read_verified(root, parse_record(row), packs)
 
 
 def check_same_inputs(root: Path, setup: Setup) -> list[str]:
@@ -119,7 +149,7 @@ def check_same_inputs(root: Path, setup: Setup) -> list[str]:
 
 def how_to_go_on(root: Path) -> str | None:
     """The command that goes on with a run that was stopped; None where none has begun."""
-    if not (root / "run.json").is_file():
+    if not all((root / name).is_file() for name in ("run.json", "config.yaml")):
         return None
     return f"go on with: {shlex.join(['bayesian-lora', 'train', str(root / 'config.yaml')])}"
 

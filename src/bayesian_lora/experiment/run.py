@@ -14,8 +14,9 @@ import numpy as np
 from bayesian_lora.account import Account
 from bayesian_lora.config import dump_run_config
 from bayesian_lora.ensemble import Ensemble
+from bayesian_lora.experiment.cells import identity
 from bayesian_lora.experiment.provenance import mean_t_eff, provenance
-from bayesian_lora.experiment.resume import Stop, check_same_inputs, read_state
+from bayesian_lora.experiment.resume import Stop, check_own, check_same_inputs, read_state
 from bayesian_lora.experiment.setup import Prior, Setup, run_facts
 from bayesian_lora.experiment.step_log import StepLogger
 from bayesian_lora.manifest import write_manifest
@@ -79,6 +80,8 @@ class Run:
             return
         for warning in [*check_same_inputs(root, self.setup), *([trouble] if trouble else [])]:
             self.progress.say(f"Warning: {warning}")
+        check_own(root, tree, self.config)
+        self.folder.verify(tree["folder"])
         self.writer.load_state_dict(tree["writer"])
         self.folder.reopen(tree["folder"])
         write_atomic(root / "config.yaml", dump_run_config(self.config))
@@ -107,6 +110,7 @@ class Run:
         account = self.account
         tree = {
             "stage": self.stage,
+            "settings": identity(self.config),
             "state": self.state.state_dict(),
             "writer": self.writer.state_dict(),
             "folder": self.folder.position(),

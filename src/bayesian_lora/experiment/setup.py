@@ -25,6 +25,7 @@ from bayesian_lora.data.preparation import (
 )
 from bayesian_lora.data.tasks import TaskSpec, custom_task
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.cells import identity
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
 from bayesian_lora.objective import Objective, prior_groups
@@ -282,6 +283,7 @@ def run_facts(setup: Setup) -> dict[str, Any]:
     """What `run.json` says of a run before it starts."""
     config = setup.config
     return {
+        "settings": identity(config),
         "seed": config.seed,
         "chain_seeds": chain_seeds(config),
         "device": str(setup.model.device),

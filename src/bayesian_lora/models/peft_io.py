@@ -151,15 +151,17 @@ def read_member(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: member file missing; the ensemble is incomplete") from error
+        raise InputError(f"{path}: member file missing; restore it") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: member file damaged ({error})") from error
+        raise InputError(f"{path}: member file damaged ({error}); restore it") from error
     return {_own_name(path, key): tensor for key, tensor in tensors.items()}
 
 
 def _own_name(path: Path, key: str) -> str:
     if not key.startswith(PREFIX):
-        raise InputError(f"{path}: tensor {key!r} does not follow PEFT's naming ({PREFIX}…)")
+        raise InputError(
+            f"{path}: tensor {key!r} does not follow PEFT's naming ({PREFIX}…); restore it"
+        )
     name = key.removeprefix(PREFIX)
     if name.endswith((".lora_A.weight", ".lora_B.weight")):
         return name.removesuffix(".weight")

@@ -4,9 +4,11 @@ JSON objects carry a checksum of themselves, so that a flipped bit is not taken 
 """
 
 import hashlib
+import io
 import json
 import math
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,11 +90,15 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: not found, so there is no {what} here") from error
+        raise InputError(
+            f"{path}: not found, so there is no {what} here; restore it, or name another folder"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, it is not readable JSON ({error})") from error
+        raise InputError(
+            f"{path}: damaged, it is not readable JSON ({error}); restore it"
+        ) from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: damaged, a JSON object is expected")
+        raise InputError(f"{path}: damaged, a JSON object is expected; restore it")
     given = value.pop(CHECKSUM, None)
     try:
         changed = given is not None and given != _checksum(value)
@@ -118,25 +124,33 @@ def _checksum(value: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Named arrays in one file, without pickle."""
-    with atomic(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
+    """Named arrays in one file, without pickle; its sha256."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
+def read_npz(path: Path, sha256: str | None = None) -> dict[str, np.ndarray]:
     """Undo `write_npz`.
 
     Raises:
-        InputError: missing or damaged.
+        InputError: missing, damaged, or not the file of this sha256.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        content = path.read_bytes()
+        if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise ValueError("its sha256 is not the recorded one")
+        # numpy reads as many bytes as the array's header says, which may be too few for the CRC.
+        if (bad := zipfile.ZipFile(io.BytesIO(content)).testzip()) is not None:
+            raise ValueError(f"bad CRC of {bad}")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged archive raises whatever its first odd byte leads to
         # numpy's advice on pickled data is to load it unsafely.
         why = "it holds pickled data" if "pickle" in str(error) else str(error)
-        raise InputError(f"{path}: missing or damaged ({why})") from error
+        raise InputError(f"{path}: missing or damaged ({why}); restore it") from error
     if odd := [name for name, value in arrays.items() if not isinstance(value, np.ndarray)]:
-        raise InputError(f"{path}: damaged, {odd[0]} is no array")
+        raise InputError(f"{path}: damaged, {odd[0]} is no array; restore it")
     return arrays
