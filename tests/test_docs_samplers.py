@@ -17,7 +17,8 @@ from torch import Tensor
 from bayesian_lora import samplers as family
 from bayesian_lora.config import SAMPLERS, SamplerConfig
 from bayesian_lora.samplers import ASGLD, CSGLD, PSGLD, SAMSGLD, SGHMC, SGLD, SGNHT, SAMSGLDRank1
-from bayesian_lora.samplers.base import Diverged, Sampler
+from bayesian_lora.samplers.base import Sampler
+from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.samplers.flat import Scale
 from bayesian_lora.verification.mutations import mutations
 

@@ -20,9 +20,10 @@ from bayesian_lora.adaptive import FEWEST
 from bayesian_lora.config import build_config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.synthetic import generate
-from bayesian_lora.ensemble import load_model, map_ensemble, read_manifest, write_manifest
+from bayesian_lora.ensemble import load_model, map_ensemble
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.train import train
+from bayesian_lora.manifest import read_manifest, write_manifest
 from bayesian_lora.models.sources import load_pretrained
 from bayesian_lora.progress import Progress
 
@@ -198,7 +199,7 @@ def test_the_warm_starts_are_an_ensemble_too(run: Path) -> None:
 
 
 def test_a_manifest_without_members_is_not_loaded(copy: Path) -> None:
-    provenance, _ = read_manifest(copy)
+    provenance, _, _ = read_manifest(copy)
     write_manifest(copy, provenance, [])
     with pytest.raises(InputError, match="lists no members yet"):
         Ensemble.load(copy)
@@ -244,11 +245,19 @@ def test_a_tampered_manifest_is_refused_in_one_line(
     copy: Path, tamper: Tamper, message: str
 ) -> None:
     manifest = json.loads((copy / "ensemble.json").read_text())
+    del manifest["checksum"]  # as someone does who changes it by hand
     tamper(manifest)
     (copy / "ensemble.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=message) as raised:
         Ensemble.load(copy)
     assert "\n" not in str(raised.value)
+
+
+def test_a_flipped_bit_in_the_manifest_is_not_taken_for_a_figure(copy: Path) -> None:
+    text = (copy / "ensemble.json").read_text()
+    (copy / "ensemble.json").write_text(text.replace('"temperature": 1.0', '"temperature": 1.8'))
+    with pytest.raises(InputError, match=r"ensemble\.json: damaged, or changed since"):
+        Ensemble.load(copy)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "not json"])
@@ -269,6 +278,7 @@ def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: str) 
 )
 def test_members_that_do_not_fit_their_model_are_refused(copy: Path, tamper: Tamper) -> None:
     manifest = json.loads((copy / "ensemble.json").read_text())
+    del manifest["checksum"]  # as someone does who changes it by hand
     tamper(manifest)
     (copy / "ensemble.json").write_text(json.dumps(manifest))
     loaded = Ensemble.load(copy)

@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from bayesian_lora.cli.main import main
+from bayesian_lora.config import build_config
 from bayesian_lora.ensemble import Ensemble
+from bayesian_lora.experiment.run import Run
+from bayesian_lora.experiment.train import train
 from bayesian_lora.models.hf_lora import build_huggingface_lora_model
+from bayesian_lora.progress import Progress
 from bayesian_lora.utils.rng import chain_generators
+from bayesian_lora.warm_start import StepReport
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +56,36 @@ def test_a_whole_run(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     ]
     main(["train", str(config), *overrides])
     assert len(Ensemble.load(tmp_path / "run")) == 8
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Interrupted in the warm start and extended later: the same members as in one go."""
+
+    def run(name: str, *more: str) -> Path:
+        keys = {
+            "model": {"name": str(tiny_models["bert"])},
+            "data": {"max_length": 32, "train_examples": 64},
+            "train": {"epochs": 2, "early_stopping": True},
+            "sampler": {"burn_in": 2, "thin": 1, "num_samples": 8},
+            "output": {"dir": str(tmp_path / name), "checkpoint_seconds": 0},
+            "device": "cuda",
+        }
+        return train(build_config(keys, more), Progress(quiet=True))
+
+    whole = Ensemble.load(run("whole", "sampler.num_samples=12"))
+    kept = Run.on_step
+
+    def interrupted(self: Run, report: StepReport) -> None:
+        kept(self, report)
+        if report.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "on_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("run")
+    run("run")
+    found = Ensemble.load(run("run", "sampler.num_samples=12"))
+    for a, b in zip(found, whole, strict=True):
+        for name, tensor in a.items():
+            torch.testing.assert_close(tensor, b[name])

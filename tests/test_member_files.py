@@ -23,6 +23,7 @@ from bayesian_lora.member_files import (
     parse_record,
     read_verified,
     tensors_sha256,
+    write_folder,
 )
 from bayesian_lora.models.hf_lora import LoraSpec
 from bayesian_lora.models.peft_io import WEIGHTS_FILE, adapter_config
@@ -90,26 +91,55 @@ def test_the_number_in_a_name_has_six_digits_beyond_9999(
         assert writer.add(member(0), record(0)).name == name
 
 
-def test_warm_starts_are_numbered_by_chain_under_map(tmp_path: Path) -> None:
-    writer = MemberWriter(tmp_path, CONFIG, 2, subfolder="map", name="chain_{:d}", first=0)
-    for k in range(2):
-        writer.add(member(k), record(k))
-    assert [row.path for row in writer.records] == ["map/chain_0", "map/chain_1"]
-    assert len((tmp_path / "map" / "members.jsonl").read_text().splitlines()) == 2
+def test_a_folder_outside_the_index(tmp_path: Path) -> None:
+    rows = [
+        write_folder(tmp_path, tmp_path / "map" / f"chain_{k}", member(k), CONFIG, record(k))
+        for k in range(2)
+    ]
+    assert [row.path for row in rows] == ["map/chain_0", "map/chain_1"]
     assert not (tmp_path / "members.jsonl").exists()
-    assert_read_back(tmp_path, writer.records)
+    assert_read_back(tmp_path, rows)
 
 
-def test_a_writer_goes_on_after_the_records_it_is_given(tmp_path: Path) -> None:
-    first = MemberWriter(tmp_path, CONFIG, 4)
-    for k in range(2):
+@pytest.mark.usefixtures("small_packs")
+@pytest.mark.parametrize("limit", [3, 10**9])
+def test_a_writer_goes_on_from_its_state(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written after the state was taken is forgotten and written again."""
+    monkeypatch.setattr(member_files, "FOLDER_LIMIT", limit)
+    first = MemberWriter(tmp_path, CONFIG, 8)
+    for k in range(4):
         first.add(member(k), record(k))
-    second = MemberWriter(tmp_path, CONFIG, 4, first.records)
-    for k in range(2, 4):
+    state = first.state_dict()
+    for k in range(4, 8):
+        first.add(member(100 + k), record(k))
+    first.flush()
+    second = MemberWriter(tmp_path, CONFIG, 8)
+    second.load_state_dict(state)
+    assert len(second) == 4
+    for k in range(4, 8):
         second.add(member(k), record(k))
-    assert [row.path[-4:] for row in second.records] == ["0001", "0002", "0003", "0004"]
-    assert len((tmp_path / "members.jsonl").read_text().splitlines()) == 4
+    second.flush()
+    whole = write(tmp_path / "whole", 8)
+    assert second.records == whole.records
+    index = "members.jsonl"
+    assert (tmp_path / index).read_bytes() == (tmp_path / "whole" / index).read_bytes()
     assert_read_back(tmp_path, second.records)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_writer_refuses_another_index_than_its_own(tmp_path: Path, damage: str) -> None:
+    state = write(tmp_path, 4).state_dict()
+    index = tmp_path / "members.jsonl"
+    content = bytearray(index.read_bytes())
+    content[content.index(b'"draw": ') + 8] ^= 1
+    if damage == "remove":
+        index.unlink()
+    else:
+        index.write_bytes(content if damage == "flip" else content[:-3])
+    with pytest.raises(InputError, match=r"members\.jsonl: damaged, its first"):
+        MemberWriter(tmp_path, CONFIG, 4).load_state_dict(state)
 
 
 @pytest.mark.usefixtures("small_packs")

@@ -16,8 +16,9 @@ from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
-from bayesian_lora.objective import NonFiniteLoss, Objective, prior_groups
+from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.samplers import SGLD
+from bayesian_lora.samplers.failures import Diverged
 
 CHAINS, EXAMPLES = 2, 20
 ROWS = np.random.default_rng(0).integers(EXAMPLES, size=(CHAINS, 7))
@@ -173,7 +174,7 @@ def test_a_loss_that_is_not_finite_names_the_chains_and_moves_nothing(classifier
         num_examples=EXAMPLES,
         chain_dim=0,
     )
-    with pytest.raises(NonFiniteLoss, match="chain 1 is not finite") as caught:
+    with pytest.raises(Diverged, match="chain 1: the loss is not finite") as caught:
         sampler.step(classifier.closure(ROWS))
     assert caught.value.chains == [1]
     for name, p in classifier.model.chain_parameters().items():

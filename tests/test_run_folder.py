@@ -14,10 +14,11 @@ import pytest
 from bayesian_lora import __version__, run_folder
 from bayesian_lora.errors import InputError
 from bayesian_lora.run_folder import RunFolder, git_commit, read_starts, read_traces, versions
+from bayesian_lora.utils.files import read_json
 
 
 def read(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return read_json(path, "file")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -124,9 +125,9 @@ def test_traces_are_read_from_all_parts_in_order(tmp_path: Path) -> None:
     assert read_traces(tmp_path) == {}
     assert read_starts(tmp_path) is None
     whole = np.arange(24.0).reshape(2, 12)
-    for part, rows in enumerate((slice(0, 5), slice(5, 6), slice(6, 12)), start=1):
-        folder.write_traces(part, {"u": whole[:, rows], "v": -whole[:, rows]})
-    folder.write_traces(4, {})
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        folder.write_traces({"u": whole[:, rows], "v": -whole[:, rows]})
+    folder.write_traces({})
     folder.write_starts({"u": np.ones(2), "v": np.zeros(2)})
     names = sorted(p.name for p in (tmp_path / "traces").iterdir())
     assert names == ["part_00001.npz", "part_00002.npz", "part_00003.npz", "starts.npz"]
@@ -140,11 +141,12 @@ def test_traces_are_read_from_all_parts_in_order(tmp_path: Path) -> None:
 
 def test_damaged_parts_are_named(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.write_traces(1, {"u": np.ones((2, 3)), "v": np.ones((2, 3))})
-    folder.write_traces(2, {"u": np.ones((2, 3))})
+    folder.write_traces({"u": np.ones((2, 3)), "v": np.ones((2, 3))})
+    folder.write_traces({"u": np.ones((2, 3))})
     with pytest.raises(InputError, match="part_00002"):
         read_traces(tmp_path)
-    folder.write_traces(2, {"u": np.ones((3, 3)), "v": np.ones((3, 3))})
+    folder.parts = 1
+    folder.write_traces({"u": np.ones((3, 3)), "v": np.ones((3, 3))})
     with pytest.raises(InputError, match="part_00002"):
         read_traces(tmp_path)
     (tmp_path / "traces" / "part_00002.npz").write_bytes(b"")

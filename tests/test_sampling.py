@@ -164,8 +164,8 @@ def test_every_draw_is_the_state_after_thin_steps(set_up: SetUp):
     for draw, tensors in run.draws.items():
         after = states[5 + 4 * (draw + 1) - 1]
         assert all(torch.equal(tensor, after[name]) for name, tensor in tensors.items())
-    # A step is reported after its draw is kept, so that what it saves is whole.
-    assert known[5:] == [(i + 1) // 4 for i in range(20)]
+    # A step is reported before its draw is kept: the state it saves says which draws are.
+    assert known[5:] == [i // 4 for i in range(20)]
     assert all(p.grad is None for p in run.model.parameters())
 
 

@@ -93,7 +93,7 @@ def test_the_seeds_way_from_training_to_evaluation(
     assert run(EVAL, [*given, "--split", "shifted"], monkeypatch) == 0
     assert Path("runs/tiny/metrics.shifted.json").is_file()
     assert run(TRAIN, given, monkeypatch) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "sampler.num_samples: 6 there, 4 here" in capsys.readouterr().err
 
 
 def test_a_real_process_ends_with_status_2_and_one_line(tmp_path: Path) -> None:

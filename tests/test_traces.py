@@ -174,6 +174,6 @@ def test_rows_become_arrays(traces: Traces):
         np.testing.assert_array_equal(column[:, 0], first[name])
         np.testing.assert_array_equal(column[:, 1], second[name])
         assert (column[:, 0] != column[:, 1]).all()
-    newer = traces.arrays(1)
-    assert all(np.array_equal(newer[name][:, 0], second[name]) for name in newer)
-    assert traces.arrays(2) == {}
+    taken = traces.take()
+    assert all(np.array_equal(taken[name], arrays[name]) for name in arrays)
+    assert traces.arrays() == {}

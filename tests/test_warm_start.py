@@ -18,8 +18,9 @@ from bayesian_lora.data.batching import BatchOrder, TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.models.hf_lora import build_huggingface_lora_model
-from bayesian_lora.objective import NonFiniteLoss, Objective, prior_groups
+from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.posterior import PriorGroup, energy
+from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.utils.rng import chain_generators
 from bayesian_lora.warm_start import EpochReport, StepReport, WarmStart
 
@@ -187,7 +188,7 @@ def test_dropout_is_off_after_a_failure(set_up: SetUp):
     with torch.no_grad():
         model.chain_parameters()["classifier.bias"][1] = float("inf")
     before = fit.tensors
-    with pytest.raises(NonFiniteLoss, match="chain 1"):
+    with pytest.raises(Diverged, match="chain 1"):
         fit.run()
     assert all(layer.dropout.generators is None for layer in model.lora_layers().values())
     assert_close(fit.tensors, before, 0)

@@ -5,6 +5,7 @@ dataclasses read through OmegaConf, which names the nearest key for a misspelt o
 """
 
 import dataclasses
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,18 @@ __all__ = [
     "SamplerConfig",
     "build_config",
     "dump_config",
+    "dump_run_config",
     "load_config",
+    "load_run_config",
     "value_of",
 ]
 
+DEEPEST, LARGEST, REFERENCES = 20, 2**63, 20
+"""Brackets within brackets, whole numbers, and ``${…}`` (each may double a text): the schema needs
+4, a seed's and none; beyond them a file can only do harm.
+"""
 # OmegaConf raises TypeError where a list meets a mapping.
-_WRONG = (OmegaConfBaseException, pydantic.ValidationError, TypeError)
+_WRONG = (OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError)
 _SECTION = {
     "Config": "",
     "DataConfig": "data.",
@@ -54,8 +61,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise InputError(f"config {str(path)!r} not found: give the path of a YAML file")
     try:
-        raw = OmegaConf.load(io.StringIO(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        text = path.read_text(encoding="utf-8")
+        _require_shallow(text)
+        raw = OmegaConf.load(io.StringIO(text))
+    except Exception as error:  # constructors of tags raise whatever their text leads to
         raise InputError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(raw, DictConfig):
         raise InputError(f"{path}: a config is a mapping of keys to values, found a list")
@@ -65,42 +74,123 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def _require_shallow(text: str) -> None:
+    """Raises ValueError for nesting that would overflow the stack of YAML's parser in C, which
+    ends the process; its events are read one by one.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"nested deeper than {DEEPEST}")
+
+
 def build_config(
     raw: DictConfig | dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> Config:
     """Validate a mapping and its overrides against the schema; errors as in `load_config`."""
+    _check_tree(_plain(raw), source)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
     except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     for item in overrides:
         merged = _override(merged, item)
+    if str(_plain(merged)).count("${") > REFERENCES:
+        raise InputError(f"{source}: has more than {REFERENCES} references ${{…}}; write values")
     try:
         config = OmegaConf.to_object(merged)
     except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     assert isinstance(config, Config)
+    _check_tree(dataclasses.asdict(config), source)  # type: ignore[call-overload]
     check_consistency(config)
     return config
 
 
+def _plain(tree: Any) -> Any:
+    return OmegaConf.to_container(tree) if isinstance(tree, DictConfig) else tree
+
+
+def _check_tree(value: Any, source: str, key: str = "") -> None:
+    """Refuse what no key may have: whole numbers without end, and code from the hub."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_tree(name, source, f"a key of {key}" if key else "a key")
+            if str(name).rpartition(".")[2] == "trust_remote_code":
+                raise InputError(
+                    f"{source}: {key}{name}: code that comes with a model or a data set is never "
+                    "executed, so there is no such key: leave it out, and use an architecture that "
+                    "transformers has"
+                )
+            _check_tree(item, source, f"{key}{name}.")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_tree(item, source, key)
+    elif isinstance(value, int) and not -LARGEST < value < LARGEST:
+        raise InputError(f"{source}: {key.rstrip('.')}: a whole number beyond ±2^63")
+
+
 def _override(merged: Any, item: str) -> Any:
-    key, equals, _ = item.partition("=")
+    key, equals, value = item.partition("=")
     if not equals or not key.strip():
         raise InputError(f"override {item!r}: write key=value, such as sampler.chains=2")
+    if key.count(".") + key.count("[") > DEEPEST:
+        raise InputError(f"override {item!r}: the key has more than {DEEPEST} parts")
     try:
-        return OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        _require_shallow(value)
+        given = OmegaConf.from_dotlist([item])
+    except OmegaConfBaseException as error:
+        raise InputError(f"override {item!r}: {_explain(error)}") from error
+    except Exception as error:  # constructors of tags raise whatever their text leads to
+        why = f"the value is not YAML: {_one_line(error)}"
+        if isinstance(error, IndexError) and {"[", "]"} & {*key}:
+            why = "the key has unpaired brackets"
+        raise InputError(f"override {item!r}: {why}") from error
+    _check_tree(_plain(given), f"override {item!r}")
+    try:
+        return OmegaConf.merge(merged, given)
     except _WRONG as error:
         raise InputError(f"override {item!r}: {_explain(error)}") from error
-    except IndexError as error:  # OmegaConf's own, of keys such as "[a"
-        raise InputError(f"override {item!r}: the key has unpaired brackets") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"override {item!r}: the value is not YAML: {_one_line(error)}") from error
 
 
 def dump_config(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config)))
+
+
+SEAL = "# sha256 of the lines above: "
+
+
+def dump_run_config(config: Config) -> str:
+    """`dump_config` for a run's folder: its last line is a checksum, `output.overwrite` is off."""
+    output = dataclasses.replace(config.output, overwrite=False)
+    text = dump_config(dataclasses.replace(config, output=output))
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def load_run_config(root: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config in a run's folder.
+
+    Raises:
+        InputError: as `load_config`, or it has been changed since the run wrote it.
+    """
+    path = Path(root) / "config.yaml"
+    try:
+        config = load_config(path)
+    except InputError as error:
+        raise InputError(f"{error}; restore the file, as the run wrote it") from error
+    config = load_config(path, overrides) if overrides else config
+    text, seal, digest = path.read_text(encoding="utf-8").rpartition(SEAL)
+    if seal and digest.strip() != hashlib.sha256(text.encode()).hexdigest():
+        raise InputError(
+            f"{path}: changed since the run wrote it (its checksum differs); restore it, or take "
+            "its last line out if the change is yours"
+        )
+    if not seal and "compare" not in (yaml.safe_load(digest) or {}):
+        raise InputError(f"{path}: damaged, its end is missing; restore the file")
+    return config
 
 
 def value_of(config: Config, key: str) -> Any:

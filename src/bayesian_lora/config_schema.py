@@ -105,6 +105,7 @@ class SamplerConfig:
     """Steps are optimiser steps of every chain; ``num_samples`` counts over all chains.
 
     ``step_size: auto`` keeps the relative bias of the stiffest direction's variance at ``bias``.
+    ``on_nonfinite: drop`` goes on without a chain whose loss or gradient is not finite.
     From ``rho`` on: keys of single samplers (`SAMPLERS`).
     """
 
@@ -119,6 +120,7 @@ class SamplerConfig:
     chains: Count = 4
     temperature: NonNegative = 1.0
     trace_every: Count | None = None
+    on_nonfinite: Literal["stop", "drop"] = "stop"
     rho: NonNegative | None = None
     sigma_dir: Annotated[float, Field(gt=-1, allow_inf_nan=False)] | None = None
     u_mode: Literal["frozen", "cross_chain", "current"] | None = None
@@ -136,10 +138,14 @@ class SamplerConfig:
 
 @dataclass
 class OutputConfig:
-    """``dir`` defaults to ``runs/<name of the config file>``."""
+    """``dir`` defaults to ``runs/<name of the config file>``.
+
+    A checkpoint is written after the step that follows ``checkpoint_seconds``; 0 is every step.
+    """
 
     dir: str | None = None
     overwrite: bool = False
+    checkpoint_seconds: NonNegative = 60.0
 
 
 @dataclass

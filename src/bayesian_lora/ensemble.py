@@ -3,10 +3,8 @@
 Shapes: K members, M chains, N examples, C classes.
 """
 
-import dataclasses
-import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +16,13 @@ from bayesian_lora.adaptive import adaptive_logits
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import unlabelled
 from bayesian_lora.errors import InputError
-from bayesian_lora.member_files import (
-    MemberRecord,
-    MemberWriter,
-    PackReader,
-    parse_record,
-    read_verified,
-)
-from bayesian_lora.models.hf_lora import HuggingFaceLora, LoraSpec, build_huggingface_lora_model
+from bayesian_lora.manifest import MANIFEST, Provenance, read_manifest, write_manifest
+from bayesian_lora.member_files import MemberRecord, MemberWriter, PackReader, read_verified
+from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.models.peft_io import adapter_config, write_member
 from bayesian_lora.models.sources import load_pretrained, resolve_model
 from bayesian_lora.predict import Predictions, predict_logits
-from bayesian_lora.utils.files import read_json, write_json
 from bayesian_lora.utils.lora_params import stack
-
-MANIFEST = "ensemble.json"
-FORMAT = 1
-_NUMBER = (int, float)
-_KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "model": {"name": str, "fingerprint": str, "dtype": str, "num_labels": int, "max_length": int},
-    "task": {"name": str, "likelihood": str},
-    "lora": {
-        "rank": int,
-        "alpha": _NUMBER,
-        "dropout": _NUMBER,
-        "target_modules": list,
-        "head_modules": list,
-    },
-    "sampler": {"name": str, "temperature": _NUMBER, "tempering": str, "starts": str},
-}
-"""What evaluation reads of a manifest's head, by section."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the members belong to and how they came about; the head of `ensemble.json`.
-
-    model: name, base (public id), fingerprint of the frozen weights, num_labels, max_length,
-    dtype; task: name, label_names, likelihood; sampler: name, step_size, temperature, t_eff,
-    exactness, chains, starts, num_examples, prior.
-    """
-
-    model: dict[str, Any]
-    task: dict[str, Any]
-    lora: dict[str, Any]
-    sampler: dict[str, Any]
-
-    @property
-    def spec(self) -> LoraSpec:
-        values = dict(self.lora)
-        for name in ("target_modules", "head_modules"):
-            values[name] = tuple(values[name])
-        return LoraSpec(**values)
 
 
 class Ensemble:
@@ -87,6 +40,8 @@ class Ensemble:
     ) -> None:
         if not members:
             raise InputError("an ensemble needs at least one member, found none")
+        if not 0 < sum(record.weight for record in records) < float("inf"):
+            raise InputError("the members' weights do not sum to a positive number")
         self.provenance = provenance
         self.records = list(records)
         self.members = list(members)
@@ -101,12 +56,10 @@ class Ensemble:
             InputError: no ensemble there, or a member missing, damaged, or not finite (named).
         """
         root = Path(folder)
-        provenance, records = read_manifest(root)
-        packs = PackReader(root)
-        members = [read_verified(root, record, packs) for record in records]
-        if not members:
+        provenance, records, _ = read_manifest(root)
+        if not records:
             raise InputError(f"{root / MANIFEST}: lists no members yet; let the run collect some")
-        return cls(provenance, records, members)
+        return cls(provenance, records, read_members(root, records))
 
     def __len__(self) -> int:
         return len(self.members)
@@ -243,54 +196,33 @@ def load_model(provenance: Provenance, device: torch.device | str = "cpu") -> Hu
     return model
 
 
-def write_manifest(root: Path, provenance: Provenance, records: Sequence[MemberRecord]) -> None:
-    """`ensemble.json`: provenance and the member list."""
-    head = dataclasses.asdict(provenance)
-    rows = [dataclasses.asdict(record) for record in records]
-    write_json(root / MANIFEST, {"format": FORMAT, **head, "members": rows})
-
-
-def read_manifest(root: Path) -> tuple[Provenance, list[MemberRecord]]:
-    """Undo `write_manifest`.
-
-    Raises:
-        InputError: not there, damaged, or of a later format.
-    """
-    path = root / MANIFEST
-    value = read_json(path, "ensemble")
-    if value.get("format") != FORMAT:
-        raise InputError(f"{path}: format {value.get('format')!r}, this version reads {FORMAT}")
-    try:
-        for section, kinds in _KINDS.items():
-            for name, kind in kinds.items():
-                if not isinstance(value[section][name], kind):
-                    raise TypeError(f"{section}.{name} is {value[section][name]!r}")
-        names = [field.name for field in dataclasses.fields(Provenance)]
-        provenance = Provenance(**{name: value[name] for name in names})
-        records = [parse_record(row) for row in value["members"]]
-        _ = provenance.spec
-    except KeyError as error:
-        raise InputError(f"{path}: damaged, {error} is missing; restore the file") from error
-    except TypeError as error:
-        raise InputError(f"{path}: damaged, {error}; restore the file") from error
-    return provenance, records
-
-
 def map_ensemble(root: Path) -> Ensemble:
     """The warm starts of a run, equally weighted: a deep ensemble of LoRA adapters.
 
     Raises:
         InputError: as `Ensemble.load`.
     """
-    provenance, _ = read_manifest(root)
-    path = root / "map" / "members.jsonl"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [parse_record(json.loads(line)) for line in lines]
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: not found, so the run has no warm starts yet") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error})") from error
-    return Ensemble(
-        provenance, records, [read_verified(root, r, PackReader(root)) for r in records]
-    )
+    provenance, _, starts = read_manifest(root)
+    if not starts:
+        raise InputError(f"{root / MANIFEST}: the run has no warm starts yet; let it fit them")
+    return Ensemble(provenance, starts, read_members(root, starts))
+
+
+def read_members(root: Path, records: Sequence[MemberRecord]) -> list[dict[str, Tensor]]:
+    """The tensors of each, verified, all of one shape.
+
+    Raises:
+        InputError: a member missing, damaged, not finite, or of other tensors than most (named).
+    """
+    packs = PackReader(root)
+    members = [read_verified(root, record, packs) for record in records]
+    shapes = [tuple((n, tuple(t.shape)) for n, t in sorted(m.items())) for m in members]
+    usual = Counter(shapes).most_common(1)[0][0] if shapes else ()
+    for record, found in zip(records, shapes, strict=True):
+        if found != usual:
+            odd = sorted({name for name, _ in set(found) ^ set(usual)})
+            raise InputError(
+                f"{root / record.path}: a member of another shape than the others ({odd[0]}); "
+                "it belongs to another run; restore the one that was written here"
+            )
+    return members

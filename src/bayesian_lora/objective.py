@@ -3,6 +3,8 @@
 Shapes: M chains, B examples of a chain's batch, d parameters of a chain.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.posterior import LikelihoodName, PriorGroup, negative_log_likelihood
 from bayesian_lora.predict import predict_logits
-from bayesian_lora.samplers.base import Closure, Diverged
+from bayesian_lora.samplers.base import Closure
+from bayesian_lora.samplers.failures import require_finite
 
 # Tokens of all chains in one pass on the CPU, measured: beyond this, activations outgrow what the
 # allocator keeps at hand.
@@ -58,16 +61,16 @@ class Objective:
     ) -> Closure:
         """The closure of one batch (M, B) of the training set; see `Sampler`'s units.
 
-        It raises `NonFiniteLoss` before any gradient is used. `evaluations`: how many batches'
-        worth of work a call counts as. `micro_batch`: in the place of the objective's own.
+        It raises `Diverged` where a chain's loss or gradient is not finite. `evaluations`: how
+        many batches' worth of work a call counts as. `micro_batch`: in the place of the
+        objective's own.
         """
         called = False
 
         def compute() -> Tensor:
             nonlocal called
-            self.model.zero_grad(set_to_none=True)
-            if self.log_noise is not None:
-                self.log_noise.grad = None
+            for tensor in self._tensors():
+                tensor.grad = None
             total = torch.zeros(rows.shape[0], device=self.model.device)
             correct = torch.zeros_like(total)
             size = micro_batch or self._pass_size(rows)
@@ -85,8 +88,8 @@ class Objective:
             if not called:
                 self.accuracy = correct if self.likelihood == "categorical" else None
             called = True
-            if not bool(torch.isfinite(total).all()):
-                raise NonFiniteLoss(total)
+            require_finite("the loss", total)
+            require_finite("the gradient", self._gradient_sum())
             return total
 
         return compute
@@ -99,6 +102,24 @@ class Objective:
             return MICRO_BATCH_ON_CPU
         passes = -(-int(self.data.lengths[rows].sum()) // TOKENS_PER_PASS_ON_CPU)
         return -(-rows.shape[1] // passes)
+
+    def _tensors(self) -> list[Tensor]:
+        """All that has a gradient, each (M, …)."""
+        noise = [] if self.log_noise is None else [self.log_noise]
+        return [*self.model.chain_parameters().values(), *noise]
+
+    def _gradient_sum(self) -> Tensor:
+        """(M,), not finite where any part of a chain's gradient is not."""
+        grads = [t.grad for t in self._tensors() if t.grad is not None]
+        return torch.stack([g.reshape(len(g), -1).sum(1) for g in grads]).sum(0)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Cut model and noise scales to these chains, in place: optimisers go on with them."""
+        parameters = self.model.chain_parameters()
+        self.model.load_chains({n: p.detach()[list(kept)] for n, p in parameters.items()})
+        if self.log_noise is not None:
+            self.log_noise.data = self.log_noise.data[list(kept)]
+            self.log_noise.grad = None
 
     @property
     def noise_std(self) -> Tensor | None:
@@ -117,14 +138,6 @@ class Objective:
         if self.likelihood == "gaussian":
             return nll, None
         return nll, (outputs.argmax(-1) == labels).double().mean(1)
-
-
-class NonFiniteLoss(Diverged):
-    """The loss of a chain is NaN or infinite; `.chains` says which."""
-
-    def __init__(self, loss: Tensor) -> None:
-        self.chains = [m for m, value in enumerate(loss.tolist()) if not np.isfinite(value)]
-        super().__init__(f"the loss of chain {', '.join(map(str, self.chains))} is not finite")
 
 
 def prior_groups(

@@ -4,18 +4,23 @@ Shapes: M chains, B examples of a chain's batch, d parameters of a chain.
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bayesian_lora.data.batching import BatchOrder
+from bayesian_lora.energy_range import EnergyRange
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.objective import Objective
+from bayesian_lora.posterior import prior_energy
 from bayesian_lora.samplers.base import Closure, Sampler
 from bayesian_lora.samplers.control_variate import ControlVariate
+from bayesian_lora.samplers.failures import Diverged, Lose, refuse
 from bayesian_lora.samplers.schedules import BurnIn, CycleThinning, Thinning
 from bayesian_lora.traces import Traces
 from bayesian_lora.utils.rng import restore_states, save_states
@@ -39,6 +44,11 @@ class Streams:
     def all(self) -> list[torch.Generator]:
         return [*self.order, *self.dropout, *self.batches, *self.noise, *self.probe]
 
+    def keep(self, kept: Sequence[int]) -> "Streams":
+        """Those of these chains."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Streams(**{name: [getattr(self, name)[m] for m in kept] for name in names})
+
 
 class Chains:
     """M chains driven by a sampler: burn-in on its own schedule, then thinned collection.
@@ -50,6 +60,7 @@ class Chains:
         burn_in, thinning: which steps are made and which draws are kept.
         traces: recorded every `trace_every` sampling steps.
         control: reduces the variance of every batch's gradient, if given.
+        lose: what becomes of chains that cannot take a step; it calls `keep`.
     """
 
     def __init__(
@@ -62,11 +73,14 @@ class Chains:
         traces: Traces,
         trace_every: int,
         control: ControlVariate | None = None,
+        lose: Lose = refuse,
     ) -> None:
         self.objective, self.sampler, self.order = objective, sampler, order
         self.burn_in, self.thinning = burn_in, thinning
         self.traces, self.trace_every, self.control = traces, trace_every, control
-        self.step = 0
+        self.lose = lose
+        self.energies = EnergyRange(objective.model.num_chains, burn_in.steps)
+        self.step, self.draws = 0, 0
 
     def run_burn_in(self, on_step: OnStep) -> None:
         """Go on to the end of burn-in."""
@@ -76,15 +90,18 @@ class Chains:
 
     def collect(self, on_step: OnStep, on_draw: Callable[[int], None]) -> None:
         """Go on to the last draw; `on_draw(draw)` finds the draw in the model's tensors."""
-        while (done := self.step - self.burn_in.steps) < self.thinning.steps:
+        while True:
+            done = self.step - self.burn_in.steps
+            if self.thinning.draw_after(done) == self.draws:
+                on_draw(self.draws)
+                self.draws += 1
+            if done >= self.thinning.steps:
+                break
             if done == 0 and (watch := self.sampler.memory.get("watch")) is not None:
                 self.sampler.watch(watch["direction"], watch["curvature"])  # forgets burn-in
             report = self._one_step("sampling", self.burn_in.end, done + 1, self.thinning.steps)
             if (done + 1) % self.trace_every == 0 and self.thinning.sampled(done + 1):
                 self.traces.record()
-            draw = self.thinning.draw_after(done + 1)
-            if draw is not None:
-                on_draw(draw)
             on_step(report)  # last, so that a state saved by it lacks nothing of this step
         self.objective.model.zero_grad(set_to_none=True)
 
@@ -97,15 +114,37 @@ class Chains:
         for group in self.sampler.param_groups:
             group["lr"] = h
         rows = self.order.iid()
-        loss = self.sampler.step(self.closure(rows))
+        loss = self._step_of(rows)
+        with torch.no_grad():
+            prior = prior_energy(self.traces.groups) / self.sampler.num_examples
+        self.energies.record(loss, prior, self.step)
         self.step += 1
         accuracy = self.objective.accuracy
         h = float(self.sampler.stats["step_size"][0])
         return StepReport(phase, number, total, loss, accuracy, h, rows.size, self.sampler.t_eff)
 
+    def _step_of(self, rows: np.ndarray) -> Tensor:
+        """One step on a batch (M, B); where a chain is lost, the others take it again."""
+        while True:
+            try:
+                return self.sampler.step(self.closure(rows))
+            except Diverged as error:
+                rows = rows[self.lose(error)]
+
+    def keep(self, kept: list[int]) -> None:
+        """Go on with these chains alone; the model has been cut to them, the traces taken."""
+        assert not self.traces.rows
+        self.sampler.keep_chains(kept)
+        self.order.keep(kept)
+        self.energies.keep(kept)
+        if self.control is not None:
+            self.control.keep(kept)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "draws": self.draws,
+            "energies": self.energies.state_dict(),
             "step_sizes": [self.burn_in.start, self.burn_in.end],
             "sampler": copy.deepcopy(self.sampler.state_dict()),
             "control": None if self.control is None else self.control.state_dict(),
@@ -113,7 +152,8 @@ class Chains:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.draws = state["step"], state["draws"]
+        self.energies.load_state_dict(state["energies"])
         self.burn_in = BurnIn(self.burn_in.steps, *state["step_sizes"])
         self.sampler.load_state_dict(state["sampler"])
         if self.control is not None:
@@ -135,6 +175,13 @@ class RunState:
         self.warm: WarmStart | None = None
         self.chains: Chains | None = None
 
+    def keep(self, kept: list[int]) -> None:
+        """Go on with these chains alone, as if the others had never been; `streams` apart."""
+        self.objective.keep(kept)
+        for phase in (self.warm, self.chains):
+            if phase is not None:
+                phase.keep(kept)
+
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts and lists of tensors and plain numbers."""
         log_noise = self.objective.log_noise
@@ -149,8 +196,13 @@ class RunState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo `state_dict`; the same phases must be set up."""
+        own = self.model.chain_parameters()
+        if any(own[name].shape != tensor.shape for name, tensor in state["model"].items()):
+            self.model.load_chains(state["model"])  # one fit had been spread over the chains
+            if self.objective.log_noise is not None:
+                self.objective.log_noise = state["log_noise"].to(self.model.device)
         with torch.no_grad():
-            for name, parameter in self.model.chain_parameters().items():
+            for name, parameter in own.items():
                 parameter.copy_(state["model"][name])
             if self.objective.log_noise is not None:
                 self.objective.log_noise.copy_(state["log_noise"])

@@ -66,6 +66,21 @@ def closing_lines(m: Figures) -> list[str]:
         f"noise, {m['temperature']:g}{_cold(m)} asked for",
         f"Chains: {d['verdict']}: {d['reason']}" if d.get("reason") else f"Chains: {d['verdict']}",
     ]
+    return [*lines, *_trouble(d)]
+
+
+def _trouble(d: Figures) -> list[str]:
+    """Chains that were dropped, and those whose energy left its range."""
+    lines = [
+        f"Chain {x['chain']} was dropped, with its samples, in {x['phase']} after step "
+        f"{x['after_step']}: {x['reason']}"
+        for x in d.get("dropped_chains") or []
+    ]
+    lines += [
+        f"Chain {x['chain']} left its energies of burn-in at step {x['step']}: {x['energy']:.4g} "
+        f"an example, {x['mean']:.4g} ± {x['sd']:.2g} before; it diverges, or burn-in was too short"
+        for x in d.get("departures") or []
+    ]
     return lines
 
 

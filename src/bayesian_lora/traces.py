@@ -85,14 +85,19 @@ class Traces:
         product = (left @ layer.lora_B) * (layer.lora_A @ right.T).mT
         return (layer.scaling * product.sum(-1)).double().cpu()
 
-    def arrays(self, start: int = 0) -> dict[str, np.ndarray]:
-        """Rows from `start` on, each quantity (M, rows)."""
-        rows = self.rows[start:]
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The rows held, each quantity (M, rows)."""
+        rows = self.rows
         return (
             {name: np.stack([row[name] for row in rows], axis=1) for name in rows[0]}
             if rows
             else {}
         )
+
+    def take(self) -> dict[str, np.ndarray]:
+        """`arrays`, which are then no longer held."""
+        arrays, self.rows = self.arrays(), []
+        return arrays
 
 
 def delta_w_norm(layer: ChainLora) -> Tensor:

@@ -16,7 +16,9 @@ from bayesian_lora.data.batching import BatchOrder, TokenisedSet
 from bayesian_lora.objective import Objective
 from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.predict import predict_logits
+from bayesian_lora.samplers.failures import Diverged, Lose, refuse
 from bayesian_lora.samplers.schedules import warmup_linear_decay
+from bayesian_lora.utils.rng import restore_states, save_states
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class WarmStart:
         early_stopping: keep each chain's epoch of lowest validation loss.
         patience: end when no chain has improved for so many epochs.
         dropout: generators of the LoRA dropout, one per chain.
+        lose: what becomes of chains whose loss or gradient is not finite; it calls `keep`.
 
     Raises:
         ValueError: early stopping without a validation set, patience without early stopping.
@@ -76,6 +79,7 @@ class WarmStart:
         early_stopping: bool = False,
         patience: int | None = None,
         dropout: list[torch.Generator] | None = None,
+        lose: Lose = refuse,
     ) -> None:
         if early_stopping and validation is None:
             raise ValueError("early_stopping=True needs a validation set")
@@ -84,7 +88,7 @@ class WarmStart:
         self.objective, self.groups, self.order = objective, groups, order
         self.epochs, self.validation = epochs, validation
         self.early_stopping, self.patience = early_stopping, patience
-        self.dropout = dropout
+        self.dropout, self.lose = dropout, lose
         self.total = epochs * order.batches_per_epoch
         warmup = round(warmup_share * self.total)
         self.factor = lambda step: warmup_linear_decay(step, warmup=warmup, total=self.total)
@@ -122,18 +126,43 @@ class WarmStart:
         lr = self.base_lr * self.factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        model = self.objective.model
-        model.lora_dropout(self.dropout)
-        try:
-            loss = self.objective.closure(rows)()
-        finally:
-            model.lora_dropout(None)
+        loss = self._gradient(rows)
         add_prior_gradient(self.groups, len(self.objective.data))
         self.optimizer.step()
         self.step += 1
         self.losses += loss.cpu() * (rows.shape[1] / len(self.objective.data))
         accuracy = self.objective.accuracy
-        return StepReport("map", self.step, self.total, loss, accuracy, lr, rows.size)
+        examples = loss.numel() * rows.shape[1]
+        return StepReport("map", self.step, self.total, loss, accuracy, lr, examples)
+
+    def _gradient(self, rows: np.ndarray) -> Tensor:
+        """The loss (M,) of a batch, its gradient left in place.
+
+        Where a chain is lost on it, the others see it again, with the same dropout.
+        """
+        model = self.objective.model
+        while True:
+            states = save_states(self.dropout or ())
+            model.lora_dropout(self.dropout)
+            try:
+                return self.objective.closure(rows)()
+            except Diverged as error:
+                restore_states(self.dropout or (), states)
+                rows = rows[self.lose(error)]
+            finally:
+                model.lora_dropout(None)
+
+    def keep(self, kept: list[int]) -> None:
+        """Go on with these chains alone; the model has been cut to them already."""
+        for state in self.optimizer.state.values():
+            state |= {k: v[kept] for k, v in state.items() if v.ndim}
+        self.order.keep(kept)
+        self.rows = None if self.rows is None else self.rows[kept]
+        self.losses, self.best_loss = self.losses[kept], self.best_loss[kept]
+        self.best_epoch = self.best_epoch[kept]
+        self.best = {name: tensor[kept] for name, tensor in self.best.items()}
+        if self.dropout is not None:
+            self.dropout = [self.dropout[m] for m in kept]
 
     def _end_epoch(self, epoch: int) -> EpochReport:
         if self.validation is None:
@@ -203,7 +232,8 @@ class WarmStart:
         self.losses = state["losses"].clone()
         self.best_loss = state["best_loss"].clone()
         self.best_epoch = state["best_epoch"].clone()
-        self.best = {name: tensor.clone() for name, tensor in state["best"].items()}
+        device = self.objective.model.device
+        self.best = {name: t.to(device, copy=True) for name, t in state["best"].items()}
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 

@@ -123,7 +123,7 @@ def test_an_interrupt_is_status_130_and_says_how_to_go_on(
     code, printed, err = call(config, "seed=1,2")
     assert code == 130
     assert f"go on with: bayesian-lora compare {config} seed=1,2\n" in printed
-    assert err == "Interrupted; what was collected so far is kept.\n"
+    assert err == "Interrupted.\n"
 
 
 def test_the_configs_comparison_is_of_the_seeds_four_samplers() -> None:

@@ -121,7 +121,8 @@ def test_the_folder_holds_what_the_contract_lists(case: Case) -> None:
         f"{m}/{n}" for m in members for n in ("adapter_config.json", "adapter_model.safetensors")
     }
     files |= {"config.yaml", "run.json", "log.jsonl", "members.jsonl", "ensemble.json"}
-    files |= {"map/members.jsonl", "traces/part_00001.npz", "traces/starts.npz", "metrics.json"}
+    files |= {"traces/part_00001.npz", "traces/starts.npz", "metrics.json"}
+    files |= {f"checkpoint/{name}.safetensors" for name in ("newest", "previous")}
     assert found == files | {f"predictions/{case.split}.npz"}
 
 
@@ -166,10 +167,10 @@ def test_members_are_listed_draw_by_draw(case: Case) -> None:
         assert hashlib.sha256(weights).hexdigest() == row["sha256"]
     assert len(rows) == K
     noise = [[row["noise_std"] for row in rows if row["chain"] == m] for m in range(M)]
-    fitted = [row["noise_std"] for row in case.lines("map/members.jsonl")]
+    manifest = case.json("ensemble.json")
+    fitted = [row["noise_std"] for row in manifest["starts"]]
     assert noise == [[std] * DRAWS for std in fitted], "the noise scale belongs to the chain"
     assert len(set(fitted)) == (M if case.regression else 1)
-    manifest = case.json("ensemble.json")
     assert manifest["members"] == rows
     sampler = manifest["sampler"]
     assert (sampler["name"], sampler["temperature"]) == ("sgld", 1.0)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from bayesian_lora.config import Config, dump_config
+from bayesian_lora.config import Config, dump_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment import compare as module
 from bayesian_lora.experiment.compare import compare, failed_cells
 from bayesian_lora.progress import Progress
-from bayesian_lora.utils.files import write_atomic, write_json
+from bayesian_lora.utils.files import read_json, write_atomic, write_json
 
 QUIET = Progress(quiet=True)
 SMALL: dict[str, Any] = {
@@ -45,8 +45,7 @@ class Trainer:
     def __call__(self, config: Config, progress: Progress) -> Path:
         self.configs.append(config)
         root = Path(str(config.output.dir))
-        assert not root.exists(), "a folder is cleared before its run"
-        write_atomic(root / "config.yaml", dump_config(config))
+        write_atomic(root / "config.yaml", dump_run_config(config))
         write_json(root / "run.json", {"status": "running"})
         fits = 1 if config.train.starts == "shared" else config.sampler.chains
         for m in range(fits):
@@ -93,7 +92,8 @@ def config(tmp_path: Path) -> Path:
 
 
 def read(root: Path) -> dict[str, Any]:
-    return json.loads((root / "comparison.json").read_text(), parse_constant=pytest.fail)
+    json.loads((root / "comparison.json").read_text(), parse_constant=pytest.fail)
+    return read_json(root / "comparison.json", "comparison")
 
 
 def cells(root: Path) -> dict[str, dict[str, Any]]:
@@ -212,12 +212,12 @@ def test_an_interrupted_comparison_goes_on_where_it_was(
 
 
 def test_a_killed_comparison_goes_on_too(config: Path, trainer: Trainer) -> None:
-    """As a kill leaves it: the record says running, the folder has no status."""
+    """As a kill leaves it: the record and the folder say running."""
     root = compare(config, RANKS, QUIET)
     record = read(root)
     record["cells"][1]["status"] = "running"
     write_json(root / "comparison.json", record)
-    (root / NAMES[1] / "run.json").unlink()
+    write_json(root / NAMES[1] / "run.json", {"status": "running"})
     compare(config, RANKS, QUIET)
     assert trainer.names[4:] == [NAMES[1]]
     assert trainer.configs[4].train.starts_from == str(root / NAMES[0])

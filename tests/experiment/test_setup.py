@@ -133,10 +133,11 @@ def test_wrong_data_names_the_file_and_the_line(
 
 
 def test_an_output_folder_in_use_is_left_alone(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "finished").mkdir()
-    (tmp_path / "finished" / "run.json").write_text('{"status": "finished"}')
-    message = refused(output="finished")
-    for part in ("status: finished", "bayesian-lora eval", "output.dir=", "output.overwrite=true"):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"status": "finished"}')
+    (tmp_path / "other" / "config.yaml").write_text("seed: 7\n")
+    message = refused(output="other")
+    for part in ("run (finished)", "seed: 7 there, 0 here", "output.dir=", "output.overwrite=true"):
         assert part in message
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("Dear …")

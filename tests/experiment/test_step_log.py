@@ -21,7 +21,7 @@ def test_rates_count_the_time_of_a_phases_first_step(
 ) -> None:
     clock: Iterator[float] = iter(np.arange(0.0, 100.0, 2.0))
     monkeypatch.setattr(step_log.time, "monotonic", lambda: next(clock))
-    logger = StepLogger(RunFolder(tmp_path), Progress(quiet=True), 1.0)
+    logger = StepLogger(RunFolder(tmp_path), Progress(quiet=True), 1.0, [0, 1])
     report = StepReport("burn_in", 1, 3, torch.ones(2), None, 0.1, 16)
     logger.begin("burn_in", 3)
     for step in (1, 2, 3):
@@ -32,7 +32,7 @@ def test_rates_count_the_time_of_a_phases_first_step(
 
 
 def test_long_phases_are_logged_a_hundred_times(tmp_path: Path) -> None:
-    logger = StepLogger(RunFolder(tmp_path), Progress(quiet=True), 1.0)
+    logger = StepLogger(RunFolder(tmp_path), Progress(quiet=True), 1.0, [0, 1])
     report = StepReport("sampling", 1, 1050, torch.ones(2), torch.ones(2), 0.1, 16)
     logger.begin("sampling", 1050)
     heat = torch.tensor([float("inf"), 1.5])
@@ -44,3 +44,13 @@ def test_long_phases_are_logged_a_hundred_times(tmp_path: Path) -> None:
     ]
     assert [line["step"] for line in lines] == list(range(10, 1051, 10))
     assert lines[0]["t_eff"] == [None, 1.5]
+
+
+def test_a_dropped_chain_keeps_its_place_as_null(tmp_path: Path) -> None:
+    alive = [0, 1, 2]
+    logger = StepLogger(RunFolder(tmp_path), Progress(quiet=True), 1.0, alive)
+    alive.remove(1)
+    logger.begin("sampling", 1)
+    logger.step(StepReport("sampling", 1, 1, torch.tensor([0.5, 2.0]), None, 0.1, 16))
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line["loss"] == [0.5, None, 2.0]

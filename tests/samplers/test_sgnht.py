@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora.samplers import SGNHT
-from bayesian_lora.samplers.base import Diverged
+from bayesian_lora.samplers.failures import Diverged
 
 from .toys import SETTINGS, Hand, N, Toy, assert_follows, generator, make
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from bayesian_lora.utils.lora_params import (
     unflatten,
 )
 
+UNHURRIED = settings(deadline=None)
+
 
 def a_state(chains: int = 3, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -29,6 +31,7 @@ def a_state(chains: int = 3, seed: int = 0) -> dict[str, Tensor]:
 
 
 @given(st.integers(1, 6), st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4))
+@UNHURRIED
 def test_split_and_stack_undo_each_other(chains: int, shapes: list[list[int]]) -> None:
     state = {
         f"t{i}": torch.randn(chains, *shape, generator=torch.Generator().manual_seed(i))
@@ -43,6 +46,76 @@ def test_split_and_stack_undo_each_other(chains: int, shapes: list[list[int]]) -
     assert flat.shape == (chains, sum(t[0].numel() for t in state.values()))
     again = unflatten(flat, state)
     assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+STATES = st.builds(
+    lambda chains, shapes, seed: {
+        f"t{i}": torch.randn(
+            chains, *shape, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64
+        )
+        for i, shape in enumerate(shapes)
+    },
+    st.integers(1, 5),
+    st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+
+
+def like(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Another state of the same names and shapes."""
+    rng = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(t.shape, generator=rng, dtype=t.dtype) for n, t in state.items()}
+
+
+def assert_close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@given(STATES, st.integers(0, 9), st.floats(-100, 100))
+@UNHURRIED
+def test_the_dot_product_is_one_per_chain(
+    state: dict[str, Tensor], seed: int, factor: float
+) -> None:
+    """Symmetric, linear, bounded by the norms, and each chain's own."""
+    b, c = like(state, seed), like(state, seed + 10)
+    sums = {n: factor * b[n] + c[n] for n in b}
+    assert torch.equal(chain_dot(state, b), chain_dot(b, state))
+    assert_close(chain_dot(state, sums), factor * chain_dot(state, b) + chain_dot(state, c))
+    bound = chain_norm(state) * chain_norm(b)
+    assert bool((chain_dot(state, b).abs() <= bound * (1 + 1e-12)).all())
+    assert_close(chain_norm({n: factor * t for n, t in b.items()}), abs(factor) * chain_norm(b))
+    for m in range(num_chains(state)):
+        alone = [{n: t[m : m + 1] for n, t in given.items()} for given in (state, b)]
+        assert_close(chain_dot(*alone), chain_dot(state, b)[m : m + 1])
+
+
+@given(STATES, st.data())
+@UNHURRIED
+def test_leaving_chains_out_commutes_with_everything(
+    state: dict[str, Tensor], data: st.DataObject
+) -> None:
+    chains = st.integers(0, num_chains(state) - 1)
+    kept = data.draw(st.lists(chains, min_size=1, max_size=5))
+    part = {name: tensor[kept] for name, tensor in state.items()}
+    members = split(state)
+    again = stack([members[m] for m in kept])
+    assert all(torch.equal(again[name], part[name]) for name in state)
+    assert torch.equal(flatten(part), flatten(state)[kept])
+    assert_close(chain_norm(part), chain_norm(state)[kept])
+    back = unflatten(flatten(state)[kept], state)
+    assert all(torch.equal(back[name], part[name]) for name in state)
+
+
+@given(STATES, st.integers(0, 9), st.floats(-100, 100))
+@UNHURRIED
+def test_flattening_is_linear_and_keeps_lengths(
+    state: dict[str, Tensor], seed: int, factor: float
+) -> None:
+    b = like(state, seed)
+    sums = {n: t + factor * b[n] for n, t in state.items()}
+    assert torch.equal(flatten(sums), flatten(state) + factor * flatten(b))
+    assert_close(chain_norm(state), torch.linalg.vector_norm(flatten(state), dim=1))
+    assert_close(chain_dot(state, b), (flatten(state) * flatten(b)).sum(1))
 
 
 def test_members_are_copies_without_a_graph() -> None:

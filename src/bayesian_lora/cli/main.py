@@ -3,8 +3,11 @@
 Heavy imports happen inside the commands, so that `--help` is quick.
 """
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -49,8 +52,15 @@ def root(
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file.")],
     overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with a run that was stopped.")
+    ] = True,
 ) -> None:
-    """Warm start, burn-in, sampling and evaluation, as a config file says."""
+    """Warm start, burn-in, sampling and evaluation, as a config file says.
+
+    A run that was stopped goes on where it was, to the same samples; a finished one is extended
+    by a larger sampler.num_samples. Another config in the same folder is refused.
+    """
     from bayesian_lora.config import load_config
 
     resolved = load_config(config, overrides or ())
@@ -58,7 +68,14 @@ def train(
         typer.echo("The compare: section acts in 'bayesian-lora compare' only; this is one run.")
     from bayesian_lora.experiment.train import train as run
 
-    run(resolved)
+    try:
+        run(resolved, resume=resume)
+    except (KeyboardInterrupt, SystemExit, OSError):
+        from bayesian_lora.experiment.resume import how_to_go_on
+
+        if (words := how_to_go_on(Path(resolved.output.dir or ""))) is not None:
+            typer.echo(f"Stopped; {words}", err=True)
+        raise
 
 
 @app.command(
@@ -122,12 +139,12 @@ def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str |
 
     Other overrides cannot change a run that is made: they must agree with it.
     """
-    from bayesian_lora.config import load_config, value_of
+    from bayesian_lora.config import load_config, load_run_config, value_of
 
     path = Path(run)
     if path.is_dir() and not (path / "config.yaml").is_file():
         raise InputError(f"{path}: no run there, it has no config.yaml; name a run's folder")
-    config = load_config(path / "config.yaml" if path.is_dir() else path, overrides)
+    config = load_run_config(path, overrides) if path.is_dir() else load_config(path, overrides)
     assert config.output.dir is not None
     folder = path if path.is_dir() else Path(config.output.dir)
     if not folder.is_dir():
@@ -137,7 +154,7 @@ def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str |
         )
     if (folder / "comparison.json").is_file():
         raise InputError(f"{folder}: a comparison; name the folder of one of its cells, in it")
-    own = load_config(folder / "config.yaml")
+    own = load_run_config(folder)
     given = {key: value_of(config, key) for key in (item.partition("=")[0] for item in overrides)}
     for key, value in given.items():
         if key not in FREE_IN_EVAL and value != value_of(own, key):
@@ -148,16 +165,33 @@ def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str |
     return folder, given.get("data.dir"), given.get("device")
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a command as an interrupt does, in good order, with status 143.
+
+    From the first moment on: a run has handlers of its own only while it is under way.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake is one line and status 2, an interrupt status 130."""
     try:
-        app(args=list(arguments) if arguments is not None else None)
+        with _terminable():
+            app(args=list(arguments) if arguments is not None else None)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as error:
         if error.code == 130:  # what typer makes of an interrupt
-            print("Interrupted; what was collected so far is kept.", file=sys.stderr)
+            print("Interrupted.", file=sys.stderr)
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

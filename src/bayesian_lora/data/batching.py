@@ -150,6 +150,10 @@ class BatchOrder:
         self.batch_size = min(batch_size, num_examples)
         self.generators = list(generators)
 
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with these chains alone."""
+        self.generators = [self.generators[m] for m in kept]
+
     @property
     def batches_per_epoch(self) -> int:
         return -(-self.num_examples // self.batch_size)

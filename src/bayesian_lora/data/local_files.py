@@ -164,7 +164,7 @@ def _read_json(path: Path, wanted: Sequence[str]) -> Table:
 def _parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{place}: not valid JSON ({error}): must be a list of objects, or one a line"
         ) from error

@@ -4,6 +4,7 @@ Nothing here loads torch, so that a mistake in a command is answered at once.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -174,6 +175,14 @@ def settings_of(config: Config) -> Settings:
     own = SAMPLERS[config.sampler.name]
     idle = [f"sampler.{key}" for keys in SAMPLERS.values() for key in keys if key not in own]
     return {k: v for k, v in flat.items() if not _below(k, NOT_AXES) and k not in idle}
+
+
+def identity(config: Config) -> str:
+    """A digest of `settings_of` without what may change in a run that goes on."""
+    settings = settings_of(config)
+    for key in ("data.dir", "model.name", "device", "sampler.num_samples"):
+        del settings[key]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def start_of(config: Config) -> Settings:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora.config import Config, load_config
+from bayesian_lora.config import Config, load_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment import comparison_table
 from bayesian_lora.experiment.cells import (
@@ -30,6 +30,7 @@ from bayesian_lora.experiment.train import train
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.utils.files import read_json, write_atomic, write_json
+from bayesian_lora.utils.lock import locked
 
 RECORD, TABLE = "comparison.json", "comparison.csv"
 Entry = dict[str, Any]
@@ -56,10 +57,10 @@ def compare(
     for cell in plan.cells:
         _check_inputs(cell)
     comparison = Comparison(plan, progress)
-    comparison.open()
     varied = ", ".join(f"{key} ({len(values)})" for key, values in plan.axes.items())
-    progress.say(f"{len(plan.cells)} cells over {varied}, in {plan.root}")
-    with _resumable(comparison, config_path, arguments):
+    with locked(plan.root), _resumable(comparison, config_path, arguments):
+        comparison.open()
+        progress.say(f"{len(plan.cells)} cells over {varied}, in {plan.root}")
         for number, cell in enumerate(plan.cells, start=1):
             comparison.run(cell, f"[{number}/{len(plan.cells)}] {cell.name}")
     for line in comparison.closing_lines():
@@ -80,7 +81,7 @@ def _resumable(
     """An interrupt leaves everything as it is and says how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit, OSError):
         done = [e for e in comparison.entries.values() if e["status"] == "finished"]
         same = [item for item in arguments if not item.startswith("output.overwrite=")]
         command = shlex.join(["bayesian-lora", "compare", str(config_path), *same])
@@ -188,7 +189,7 @@ class Comparison:
             self.write()
 
     def _begin(self, cell: Cell) -> Config:
-        """The config of a cell's run, with its folder cleared and its warm start chosen."""
+        """The config of a cell's run, with its warm start chosen; `train` goes on in its folder."""
         config = copy.deepcopy(cell.config)
         folder = self.root / cell.name
         config.output.dir, config.output.overwrite = str(folder), False
@@ -202,8 +203,6 @@ class Comparison:
         else:
             entry["warm_start"] = cell.name
         self.write()
-        if folder.is_dir():
-            shutil.rmtree(folder)
         return config
 
     def _donor(self, cell: Cell) -> str | None:
@@ -264,13 +263,14 @@ def _finished(folder: Path, config: Config) -> Entry | None:
     try:
         finished = read_json(folder / "run.json", "run").get("status") == "finished"
         return _figures(folder) if finished and _is_of(folder, config) else None
-    except (InputError, KeyError, TypeError):  # a file is missing, damaged or of another version
+    # A file is missing, damaged or of another version.
+    except (InputError, LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
 def _is_of(folder: Path, config: Config) -> bool:
     try:
-        return settings_of(load_config(folder / "config.yaml")) == settings_of(config)
+        return settings_of(load_run_config(folder)) == settings_of(config)
     except InputError:
         return False
 
@@ -283,12 +283,11 @@ def _terms(axes: Axes, common: Settings) -> Settings:
 
 def _read_record(root: Path) -> Entry:
     record = read_json(root / RECORD, "comparison")
-    keys = {"name", "folder", "status", "error", "warm_start", "starts_from"}
     kinds = {"axes": dict, "config": dict, "cells": list}
     if not (
         all(isinstance(record.get(name), kind) for name, kind in kinds.items())
-        and all(isinstance(v, str) for texts in record["axes"].values() for v in texts)
-        and all(isinstance(entry, dict) and keys <= entry.keys() for entry in record["cells"])
+        and all(comparison_table.are_texts(values) for values in record["axes"].values())
+        and all(comparison_table.is_entry(entry) for entry in record["cells"])
     ):
         raise InputError(
             f"{root / RECORD}: damaged, it is no comparison's record; name another folder with "

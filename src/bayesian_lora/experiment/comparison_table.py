@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bayesian_lora.summary import SHOWN
@@ -28,6 +29,19 @@ ALIKE = {
     "k": "the number of samples",
     "tempering": "the temperature",
 }
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether this can be a cell of a record; its folder lies inside the comparison's."""
+    if not isinstance(entry, dict) or not {"error", "warm_start", "starts_from"} <= entry.keys():
+        return False
+    texts = [entry.get(name) for name in ("name", "folder", "status")]
+    return are_texts(texts) and entry["folder"] == Path(entry["folder"]).name != ".."
+
+
+def are_texts(values: Any) -> bool:
+    """Whether this is a list of strings."""
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def figures_of(metrics: Figures, run: Figures) -> Figures:

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 
 from bayesian_lora import diagnostics, evaluation, summary
-from bayesian_lora.config import Config, load_config
+from bayesian_lora.config import Config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
 from bayesian_lora.data.token_cache import default_folder
+from bayesian_lora.energy_range import LEAST
 from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.resume import load_own_config
 from bayesian_lora.experiment.setup import (
     Setup,
     ask_hub_once,
@@ -66,7 +68,7 @@ def evaluate_run(
     """
     began = time.monotonic()
     progress = progress or Progress()
-    config = setup.config if setup else load_config(root / "config.yaml")
+    config = setup.config if setup else load_own_config(root)
     config.data.dir = data_dir or config.data.dir
     config.device = device or config.device
     full = Ensemble.load(root)
@@ -160,7 +162,15 @@ def _compare(
 def run_diagnostics(root: Path) -> Figures:
     """R-hat, ESS and the verdict from the run's traces; T_eff from `run.json`."""
     run = read_json(root / "run.json", "run")
-    figures = diagnostics.summarise(read_traces(root), read_starts(root))
+    lost = [drop["chain"] for drop in run.get("dropped_chains", [])]
+    rows, starts = (
+        None if given is None else {name: np.delete(x, lost, axis=0) for name, x in given.items()}
+        for given in (read_traces(root), read_starts(root))
+    )
+    figures = diagnostics.summarise(rows or {}, starts)
+    figures |= {name: run.get(name) for name in ("dropped_chains", "departures")}
+    if figures["departures"] is None:
+        figures["departures_reason"] = f"burn-in has fewer than {2 * LEAST} steps"
     figures["t_eff"] = run.get("t_eff")
     if figures["t_eff"] is None:
         figures["t_eff_reason"] = "fewer than two sampling steps were made, or it overflowed"

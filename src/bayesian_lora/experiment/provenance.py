@@ -4,13 +4,15 @@ import dataclasses
 from typing import Any
 
 from bayesian_lora.config import SAMPLERS
-from bayesian_lora.ensemble import Provenance
 from bayesian_lora.experiment.setup import Setup
+from bayesian_lora.manifest import Provenance
 from bayesian_lora.sampling import Chains
 
 
-def provenance(setup: Setup, chains: Chains | None) -> Provenance:
-    """As things stand; `chains` is None before sampling."""
+def provenance(
+    setup: Setup, chains: Chains | None, dropped: list[dict[str, Any]] | None = None
+) -> Provenance:
+    """As things stand; `chains` is None before sampling, `dropped` the chains that were."""
     config, info = setup.config, setup.model.info
     model = {
         "name": config.model.name,
@@ -25,7 +27,12 @@ def provenance(setup: Setup, chains: Chains | None) -> Provenance:
         "label_names": list(setup.task.label_names),
         "likelihood": setup.task.likelihood,
     }
-    return Provenance(model, task, dataclasses.asdict(info.spec), _sampler(setup, chains))
+    return Provenance(
+        model,
+        task,
+        dataclasses.asdict(info.spec),
+        {**_sampler(setup, chains), "dropped_chains": dropped or []},
+    )
 
 
 def _sampler(setup: Setup, chains: Chains | None) -> dict[str, Any]:

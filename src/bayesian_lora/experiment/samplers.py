@@ -17,6 +17,7 @@ from bayesian_lora.samplers.asgld import ASGLD
 from bayesian_lora.samplers.base import Closure, Sampler
 from bayesian_lora.samplers.control_variate import ControlVariate
 from bayesian_lora.samplers.csgld import CSGLD
+from bayesian_lora.samplers.failures import Lose, refuse
 from bayesian_lora.samplers.psgld import PSGLD
 from bayesian_lora.samplers.sam_sgld import SAMSGLD
 from bayesian_lora.samplers.sam_sgld_rank1 import SAMSGLDRank1
@@ -37,7 +38,8 @@ FAMILY: dict[str, type[Sampler]] = {
     "sam_sgld": SAMSGLD,
     "sam_sgld_rank1": SAMSGLDRank1,
 }
-TRACE_ROWS = 100
+TRACES_A_DRAW = 20
+"""By default; of the thinning alone, so that a longer run extends a shorter one's traces."""
 CURVATURE_BATCHES = 1
 """Batches' worth of examples whose curvature is measured."""
 PROVISIONAL = 1e-6
@@ -70,8 +72,12 @@ def idle_keys(s: SamplerConfig) -> list[str]:
     return sorted(given - set(SAMPLERS[s.name]))
 
 
-def make_chains(setup: Setup) -> Chains:
-    """Sampler, schedules, batches and traces of a run; the chains at the warm start."""
+def make_chains(setup: Setup, fresh: bool = True, lose: Lose = refuse) -> Chains:
+    """Sampler, schedules, batches and traces of a run; the chains at the warm start.
+
+    `fresh`: False if a saved state is loaded next, so that nothing is computed for it; `lose`: see
+    `Chains`.
+    """
     config = setup.config
     s, n = config.sampler, len(setup.train)
     sampler = make_sampler(config, setup.groups, n, setup.streams)
@@ -90,13 +96,16 @@ def make_chains(setup: Setup) -> Chains:
         BurnIn(s.burn_in, sampler.param_groups[0]["lr"], sampler.param_groups[0]["lr"]),
         thinning,
         Traces(setup.objective, setup.groups, probe, subset, config.seed),
-        s.trace_every or max(1, thinning.steps // TRACE_ROWS),
-        make_control(setup) if s.variance_reduction else None,
+        s.trace_every or max(1, s.thin // TRACES_A_DRAW),
+        make_control(setup, fresh) if s.variance_reduction else None,
+        lose,
     )
 
 
-def make_control(setup: Setup) -> ControlVariate:
+def make_control(setup: Setup, fresh: bool) -> ControlVariate:
     """The control variate at the chains' present parameters: one pass over the training set."""
+    if not fresh:
+        return ControlVariate(setup.model.chain_parameters().values(), None)
     n = len(setup.train)
     batches = -(-n // setup.config.data.batch_size)
     size = setup.objective.micro_batch or setup.config.data.batch_size

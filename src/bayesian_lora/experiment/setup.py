@@ -3,6 +3,7 @@
 Shapes: M chains, K members.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ from bayesian_lora.data.preparation import (
 from bayesian_lora.data.tasks import TaskSpec, custom_task
 from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.cells import identity
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
 from bayesian_lora.objective import Objective, prior_groups
@@ -32,9 +34,10 @@ from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.progress import Progress
 from bayesian_lora.sampling import Streams
 from bayesian_lora.utils.hub import offline_if_unreachable
-from bayesian_lora.utils.rng import chain_generators
+from bayesian_lora.utils.rng import chain_generators, derive_seed
 
 DATA_VARIABLE = "BAYESIAN_LORA_DATA"
+STREAMS = tuple(field.name for field in dataclasses.fields(Streams))
 
 
 @dataclass(frozen=True)
@@ -182,12 +185,9 @@ def prepare(config: Config, progress: Progress) -> Setup:
     limit = length_limit(tokenizer, model.base.config)
     check_max_length(config.data.max_length, limit, config.model.name)
     length = config.data.max_length
-    train_set, evaluation_set = (
-        TokenisedSet(part, tokenizer, length, default_folder()) for part in (train, evaluation)
-    )
-    held_out = None
-    if validation is not None:
-        held_out = TokenisedSet(validation, tokenizer, length, default_folder())
+    cache = default_folder()
+    train_set = TokenisedSet(train, tokenizer, length, cache)
+    held_out = None if validation is None else TokenisedSet(validation, tokenizer, length, cache)
     objective = Objective(model, train_set, task.likelihood, config.train.micro_batch)
     if task.likelihood == "gaussian":
         start_at_mean(model, float(raw.train.labels.mean()))
@@ -199,7 +199,7 @@ def prepare(config: Config, progress: Progress) -> Setup:
         model=model,
         train=train_set,
         validation=held_out,
-        evaluation=evaluation_set,
+        evaluation=TokenisedSet(evaluation, tokenizer, length, cache),
         objective=objective,
         streams=make_streams(config, device),
         prior=Prior(std, config.prior.head_std or std),
@@ -238,13 +238,16 @@ def build_model(
 def make_streams(config: Config, device: torch.device) -> Streams:
     """Every chain's generators; what acts on tensors draws on their device."""
     seed, numbers = config.seed, range(config.sampler.chains)
+    on = {"dropout": device, "noise": device}
     return Streams(
-        order=chain_generators(seed, numbers, "order"),
-        dropout=chain_generators(seed, numbers, "dropout", device),
-        batches=chain_generators(seed, numbers, "batches"),
-        noise=chain_generators(seed, numbers, "noise", device),
-        probe=chain_generators(seed, numbers, "probe"),
+        **{name: chain_generators(seed, numbers, name, on.get(name, "cpu")) for name in STREAMS}
     )
+
+
+def chain_seeds(config: Config) -> dict[str, list[int]]:
+    """What every chain's generators were seeded with, by purpose; see `utils.rng`."""
+    purposes, numbers = ("init", *STREAMS), range(config.sampler.chains)
+    return {name: [derive_seed(config.seed, m, name) for m in numbers] for name in purposes}
 
 
 @torch.no_grad()
@@ -282,7 +285,9 @@ def run_facts(setup: Setup) -> dict[str, Any]:
     """What `run.json` says of a run before it starts."""
     config = setup.config
     return {
+        "settings": identity(config),
         "seed": config.seed,
+        "chain_seeds": chain_seeds(config),
         "device": str(setup.model.device),
         "threads": torch.get_num_threads(),
         "data": {"fingerprint": setup.raw.fingerprint(), "sizes": _sizes(setup.raw)},

@@ -7,6 +7,8 @@ import math
 import time
 from typing import Any
 
+from torch import Tensor
+
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.warm_start import StepReport
@@ -21,9 +23,15 @@ PHASE_NAMES = {
 
 
 class StepLogger:
-    """Steps → `log.jsonl` (about a hundred lines a phase) and the progress display."""
+    """Steps → `log.jsonl` (about a hundred lines a phase) and the progress display.
 
-    def __init__(self, folder: RunFolder, progress: Progress, temperature: float) -> None:
+    `alive`: the numbers of the chains that go on; the run shortens it where one is dropped.
+    """
+
+    def __init__(
+        self, folder: RunFolder, progress: Progress, temperature: float, alive: list[int]
+    ) -> None:
+        self.chains, self.alive = len(alive), alive
         self.folder, self.progress, self.temperature = folder, progress, temperature
         self.phase, self.last = "map", 0
         self._examples, self._since = 0, time.monotonic()
@@ -54,15 +62,24 @@ class StepLogger:
         line: dict[str, Any] = {
             "phase": self.phase,
             "step": report.step,
-            "loss": report.loss.tolist(),
+            "loss": self._by_chain(report.loss),
             "lr": report.lr,
             "examples_per_s": round(self._rate, 1),
         }
         if report.accuracy is not None:
-            line["accuracy"] = report.accuracy.tolist()
+            line["accuracy"] = self._by_chain(report.accuracy)
         if report.t_eff is not None:
-            line["t_eff"] = [t if math.isfinite(t) else None for t in report.t_eff.tolist()]
+            line["t_eff"] = self._by_chain(report.t_eff)
         self.folder.log(line)
+
+    def _by_chain(self, values: Tensor) -> list[float | None]:
+        """One value a chain that began: null where it was dropped or is not finite."""
+        if len(values) != len(self.alive):  # one fit for all chains, or one for each prior
+            return values.tolist()
+        row: list[float | None] = [None] * self.chains
+        for number, value in zip(self.alive, values.tolist(), strict=True):
+            row[number] = value if math.isfinite(value) else None
+        return row
 
     def _facts(self, report: StepReport) -> str:
         parts = [f"loss {float(report.loss.mean()):.4f}"]

@@ -1,43 +1,33 @@
-"""A config → a run folder: warm start, burn-in, collection, evaluation.
+"""A config → a run folder: warm start, burn-in, collection, evaluation; stopped, it goes on."""
 
-Shapes: M chains.
-"""
-
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from bayesian_lora.account import Account, account_lines
-from bayesian_lora.config import Config, dump_config
-from bayesian_lora.data.batching import BatchOrder
-from bayesian_lora.ensemble import Ensemble, write_manifest
+from bayesian_lora.config import Config
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment import phases
 from bayesian_lora.experiment.evaluate import evaluate_run
-from bayesian_lora.experiment.priors import prior_lines, search_lines, search_prior
-from bayesian_lora.experiment.provenance import mean_t_eff, provenance, tempering
-from bayesian_lora.experiment.samplers import idle_keys, make_chains, open_account
-from bayesian_lora.experiment.setup import Prior, Setup, prepare, run_facts
-from bayesian_lora.experiment.starts import check_starts, find_starts, place_starts
-from bayesian_lora.experiment.step_log import StepLogger
-from bayesian_lora.member_files import MemberRecord, MemberWriter
-from bayesian_lora.models.peft_io import adapter_config
-from bayesian_lora.objective import NonFiniteLoss
+from bayesian_lora.experiment.resume import Stop, find_earlier
+from bayesian_lora.experiment.run import Run
+from bayesian_lora.experiment.setup import prepare
+from bayesian_lora.experiment.starts import check_starts, find_starts
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
-from bayesian_lora.samplers.base import Diverged
-from bayesian_lora.sampling import RunState, spread_start
-from bayesian_lora.utils.lora_params import split
-from bayesian_lora.warm_start import EpochReport, WarmStart
-
-MANIFEST_EVERY_MEMBER_UP_TO = 200
+from bayesian_lora.samplers.failures import Diverged
+from bayesian_lora.utils.lock import locked
 
 
-def train(config: Config, progress: Progress | None = None) -> Path:
+def train(config: Config, progress: Progress | None = None, resume: bool = True) -> Path:
     """Run the whole job and return the run's folder.
+
+    A run of this config that was stopped in that folder goes on where it was; one that is finished
+    is extended if `sampler.num_samples` has been raised.
+
+    Args:
+        config: of the run.
+        progress: where lines go.
+        resume: False refuses a folder that holds a run.
 
     Raises:
         InputError: wrong input (nothing is written), or a loss that is not finite (what was
@@ -46,251 +36,60 @@ def train(config: Config, progress: Progress | None = None) -> Path:
     progress = progress or Progress()
     assert config.output.dir is not None
     folder = RunFolder(config.output.dir)
-    folder.check_free(config.output.overwrite)
+    find_earlier(config, resume)
     starts = find_starts(config)
     setup = prepare(config, progress)
     if starts is not None:
         check_starts(setup, *starts)
-    folder.begin(dump_config(config), run_facts(setup))
-    run = Run(setup, folder, progress, None if starts is None else starts[0])
-    with _recorded(folder, run):
-        with run.timed("train_s"):
-            run.warm_start()
-        with run.timed("sample_s"):
-            run.sample()
-        folder.finish("sampled", **run.facts())
-    evaluate_run(folder.root, progress=progress, setup=setup)
-    folder.finish("finished", **run.facts())
+    with locked(folder.root), Stop().installed() as stop:
+        run = Run(setup, folder, progress, stop, None if starts is None else starts[0])
+        with _recorded(run):
+            run.open(go_on=find_earlier(config, resume))
+            with run.timed("train_s"):
+                phases.warm_start(run)
+            with run.timed("sample_s"):
+                phases.sample(run)
+            folder.finish("sampled", **run.facts())
+        evaluate_run(folder.root, progress=progress, setup=setup)
+        folder.finish("finished", **run.facts())
     return folder.root
 
 
 @contextmanager
-def _recorded(folder: RunFolder, run: "Run") -> Iterator[None]:
+def _recorded(run: Run) -> Iterator[None]:
     """Whatever ends the run early: members, traces and the reason are on disk."""
+    root = run.folder.root
     try:
         yield
     except Diverged as error:
-        run.save()
-        folder.finish("stopped", reason=f"{error} in {run.logger.place()}", **run.facts())
+        _close(run, f"{error} in {run.logger.place()}")
         raise InputError(
             f"{error} in {run.logger.place()}: stopped, {len(run.writer.records)} samples kept in "
-            f"{folder.root}; lower sampler.step_size or train.lr"
+            f"{root}; lower sampler.step_size or train.lr, or set sampler.on_nonfinite=drop to go "
+            "on without the chain"
         ) from error
     except InputError as error:
-        run.save()
-        folder.finish("stopped", reason=str(error), **run.facts())
+        if not run.opened:
+            raise
+        _close(run, str(error))
         raise InputError(
-            f"{error} (the warm starts are kept: train.starts_from={folder.root} "
+            f"{error} (the warm starts are kept: train.starts_from={root} "
             "output.dir=<new folder> spares fitting them again)"
         ) from error
     except BaseException as error:
-        run.save()
-        reason = f"{type(error).__name__} in {run.logger.place()}"
-        folder.finish("stopped", reason=reason, **run.facts())
+        if not run.opened:
+            raise
+        _close(run, f"{type(error).__name__} in {run.logger.place()}")
         raise
     finally:
         run.progress.end()
 
 
-class Run:
-    """One run under way: phases in order, and what each leaves on disk and on the screen."""
-
-    def __init__(
-        self,
-        setup: Setup,
-        folder: RunFolder,
-        progress: Progress,
-        starts: Ensemble | None = None,
-    ) -> None:
-        self.setup, self.folder, self.progress = setup, folder, progress
-        self.config, self.starts = setup.config, starts
-        self.peft_config = adapter_config(setup.model.info.spec)
-        self.writer = MemberWriter(folder.root, self.peft_config, self.config.sampler.num_samples)
-        self.state = RunState(setup.model, setup.objective, setup.streams)
-        self.seconds = {"train_s": 0.0, "sample_s": 0.0}
-        self.logger = StepLogger(folder, progress, self.config.sampler.temperature)
-        self.account: Account | None = None
-        self.prior_search: dict[str, Any] | None = None
-        self._traces_written = 0
-        self._trace_parts = 0
-        self._before_collection: int | None = None
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """The block's wall time into `seconds`, however it ends."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = time.monotonic() - began
-
-    def warm_start(self) -> None:
-        """Every chain's start, fitted or taken over, stored under ``map/``; spread if shared."""
-        self._resolve_prior()
-        for line in prior_lines(self.setup):
-            self.progress.say(line)
-        if self.starts is None:
-            step = self._fit()
-        else:
-            place_starts(self.setup, self.starts)
-            step = self.starts.records[0].step
-            self.progress.say(f"Warm starts of {self.config.train.starts_from}\n")
-        writer = MemberWriter(
-            self.folder.root, self.peft_config, 1, subfolder="map", name="chain_{:d}", first=0
-        )
-        self._store(writer, draw=0, step=step)
-        if self.config.train.starts == "shared":
-            setup = self.setup
-            noise = setup.streams.noise
-            spread_start(setup.model, setup.objective, self.config.train.jitter, noise)
-
-    def _resolve_prior(self) -> None:
-        """``prior.std: auto``: search, or what the run whose starts are taken had found."""
-        config, setup = self.config, self.setup
-        if config.prior.std != "auto":
-            return
-        if self.starts is not None:
-            setup.prior = Prior(**self.starts.provenance.sampler["prior"])
-            self.progress.say(
-                f"prior.std={setup.prior.std:g}, that of {config.train.starts_from} (no search)"
-            )
-            return
-        self.progress.say("Searching prior.std on data held out of train...")
-        batches = -(-len(setup.train) // config.data.batch_size)
-        self.logger.begin("prior", max(1, config.train.epochs) * batches)
-        found = self.prior_search = search_prior(setup, self.logger.step)
-        self.progress.end()
-        for line in search_lines(found):
-            self.progress.say(line)
-        setup.prior = Prior(found["std"], config.prior.head_std or found["std"])
-
-    def _fit(self) -> int:
-        """Fit all chains; the steps it took."""
-        config, setup = self.config, self.setup
-        shared = config.train.starts == "shared"
-        self._say_initial()
-        first = slice(0, 1) if shared else slice(None)
-        order = BatchOrder(len(setup.train), config.data.batch_size, setup.streams.order[first])
-        warm = self.state.warm = WarmStart(
-            setup.objective,
-            setup.groups,
-            order,
-            epochs=config.train.epochs,
-            lr=config.train.lr,
-            warmup_share=config.train.warmup_share,
-            validation=setup.validation,
-            early_stopping=config.train.early_stopping,
-            patience=config.train.patience,
-            dropout=setup.streams.dropout[first],
-        )
-        fits = "one shared fit" if shared else f"{config.sampler.chains} chains at once"
-        self.progress.say(
-            f"Training with AdamW for {config.train.epochs} epochs "
-            f"(warm start of {config.sampler.name}, {fits})..."
-        )
-        self.logger.begin("map", warm.total)
-        warm.run(self.logger.step, self._say_epoch)
-        self.progress.end()
-        self.state.warm = None
-        return warm.step
-
-    def sample(self) -> None:
-        """Account, burn-in and collection."""
-        config, say = self.config, self.progress.say
-        say(f"\nSampling with {config.sampler.name}...")
-        if idle := idle_keys(config.sampler):
-            keys = ", ".join(f"sampler.{key}" for key in idle)
-            say(f"Without effect on {config.sampler.name}: {keys}")
-        if config.sampler.variance_reduction:
-            say(
-                f"Control variate: one pass over {len(self.setup.train)} examples a chain now, "
-                "then one more gradient a step"
-            )
-        chains = self.state.chains = make_chains(self.setup)
-        say(f"Target: {chains.sampler.exactness}; law on a quadratic: {chains.sampler.law}")
-        if (word := tempering(config.sampler.temperature)) != "posterior":
-            say(f"Temperature {config.sampler.temperature:g}: a {word} posterior")
-        self.account = open_account(self.setup, chains)
-        for line in account_lines(
-            self.account, config.sampler.bias, not config.sampler.variance_reduction
-        ):
-            say(line)
-        self.folder.write_starts(chains.traces.measure())
-        say(f"Burn-in phase: {chains.burn_in.steps} steps")
-        self.logger.begin("burn_in", chains.burn_in.steps)
-        chains.run_burn_in(self.logger.step)
-        say(f"Collecting {config.sampler.num_samples} samples (thinning: {config.sampler.thin})")
-        self.logger.begin("sampling", chains.thinning.steps)
-        self._before_collection = self.setup.objective.evaluations
-        chains.collect(self.logger.step, self._keep_draw)
-        self.progress.end()
-        self.save()
-
-    def _keep_draw(self, draw: int) -> None:
-        assert self.state.chains is not None
-        # The step that led here may have diverged; the closure would notice at the next one.
-        loss = self.setup.objective.mean_nll(self.state.chains.traces.probe)
-        if not np.isfinite(loss.numpy()).all():
-            raise NonFiniteLoss(loss)
-        paths = self._store(self.writer, draw, self.state.chains.step)
-        total = self.config.sampler.num_samples
-        done = len(self.writer.records) - len(paths)
-        for i, path in enumerate(paths, start=1):
-            self.progress.say(f"Saved sample {draw * len(paths) + i}/{total}: {path}")
-        if done <= MANIFEST_EVERY_MEMBER_UP_TO or draw % 50 == 0:
-            self._write_manifest()
-
-    def _store(self, writer: MemberWriter, draw: int, step: int) -> list[Path]:
-        noise = self.setup.objective.noise_std
-        members = split(dict(self.setup.model.chain_parameters()))
-        paths = []
-        for m, member in enumerate(members):
-            std = None if noise is None else float(noise[m])
-            record = MemberRecord("", chain=m, draw=draw, step=step, noise_std=std)
-            paths.append(writer.add(member, record))
-        return paths
-
-    def save(self) -> None:
-        """Members of an unfinished pack, traces, manifest."""
-        self.writer.flush()
-        if self.state.chains is not None:
-            arrays = self.state.chains.traces.arrays(self._traces_written)
-            if arrays:
-                self._trace_parts += 1
-                self.folder.write_traces(self._trace_parts, arrays)
-                self._traces_written = len(self.state.chains.traces.rows)
-        self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        head = provenance(self.setup, self.state.chains)
-        write_manifest(self.folder.root, head, self.writer.records)
-
-    def facts(self) -> dict[str, Any]:
-        """For `run.json`: costs, heat, members."""
-        chains, before = self.state.chains, self._before_collection
-        evaluations = self.setup.objective.evaluations
-        return {
-            **{name: round(value, 2) for name, value in self.seconds.items()},
-            "gradient_evaluations": evaluations,
-            "sampling_gradient_evaluations": None if before is None else evaluations - before,
-            "account": None if self.account is None else self.account.facts(),
-            "prior_search": self.prior_search,
-            "t_eff": None if chains is None else mean_t_eff(chains),
-            "members": len(self.writer.records),
-        }
-
-    def _say_initial(self) -> None:
-        held_out = self.setup.validation or self.setup.evaluation
-        loss, accuracy = self.setup.objective.score(held_out)
-        self.progress.say("Initial evaluation:")
-        known = "" if accuracy is None else f", accuracy: {float(accuracy.mean()):.4f}"
-        self.progress.say(f"Initial loss: {float(loss.mean()):.4f}{known}\n")
-
-    def _say_epoch(self, report: EpochReport) -> None:
-        parts = [f"Train loss: {float(report.train_loss.mean()):.4f}"]
-        if report.validation_loss is not None:
-            parts.append(f"Val loss: {float(report.validation_loss.mean()):.4f}")
-        if report.validation_accuracy is not None:
-            parts.append(f"accuracy: {float(report.validation_accuracy.mean()):.4f}")
-        line = f"Epoch {report.epoch + 1}/{self.config.train.epochs}: {', '.join(parts)}"
-        self.progress.say(line)
+def _close(run: Run, reason: str) -> None:
+    """Leave what can be left: on a full disk, whatever was written before stays as it is."""
+    with suppress(OSError):
+        if run.stage != "map":
+            run.save()
+    with suppress(OSError):
+        run.folder.finish("stopped", reason=reason, **run.facts())
+    run.progress.end()

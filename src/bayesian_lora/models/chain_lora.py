@@ -10,6 +10,8 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,15 +189,26 @@ class ChainModel(nn.Module):
     def device(self) -> torch.device:
         return next(iter(self.chain_parameters().values())).device
 
+    # The modules are what they were when the model was made; walking through them all takes longer
+    # than a small model's forward pass.
+    @cached_property
+    def _found(self) -> dict[str, dict[str, Any]]:
+        modules = dict(self.base.named_modules())
+        return {
+            "parameters": {n: p for n, p in self.base.named_parameters() if p.requires_grad},
+            "lora": {n: m for n, m in modules.items() if isinstance(m, ChainLora)},
+            "head": {n: m for n, m in modules.items() if isinstance(m, ChainLinear)},
+        }
+
     def chain_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable tensors (M, …) by name relative to the HuggingFace model."""
-        return {name: p for name, p in self.base.named_parameters() if p.requires_grad}
+        return dict(self._found["parameters"])
 
     def lora_layers(self) -> dict[str, ChainLora]:
-        return {n: m for n, m in self.base.named_modules() if isinstance(m, ChainLora)}
+        return dict(self._found["lora"])
 
     def head_layers(self) -> dict[str, ChainLinear]:
-        return {n: m for n, m in self.base.named_modules() if isinstance(m, ChainLinear)}
+        return dict(self._found["head"])
 
     def lora_dropout(self, generators: Sequence[torch.Generator] | None) -> None:
         """Switch LoRA dropout on, each chain drawing from its own generator, or off with None."""

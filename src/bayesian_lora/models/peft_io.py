@@ -5,7 +5,7 @@ tensors without a chain dimension.
 """
 
 import json
-import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.hf_lora import LoraSpec
+from bayesian_lora.utils.files import write_atomic
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -74,15 +75,9 @@ def write_member(folder: Path, member: Mapping[str, Tensor], config_text: str) -
     Returns:
         The bytes of the weights file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights = save(peft_tensors(member), metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(config_text, encoding="utf-8")
-    temporary = folder / (WEIGHTS_FILE + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(weights)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / WEIGHTS_FILE)
+    write_atomic(folder / CONFIG_FILE, config_text)
+    write_atomic(folder / WEIGHTS_FILE, weights)
     return weights
 
 
@@ -97,7 +92,7 @@ def read_spec(folder: Path) -> LoraSpec:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{path}: not found, so this is no PEFT adapter folder") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged, it is not JSON ({error})") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type is not LORA; only LoRA adapters are read")
@@ -110,19 +105,40 @@ def read_spec(folder: Path) -> LoraSpec:
         odd.append("a pattern for target_modules")
     if odd:
         raise InputError(f"{path}: has {', '.join(odd)}, which plain LoRA does not cover")
-    try:
-        return LoraSpec(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            dropout=float(config.get("lora_dropout") or 0.0),
-            target_modules=tuple(sorted(config["target_modules"])),
-            rslora=bool(config.get("use_rslora")),
-            head_modules=tuple(config.get("modules_to_save") or ()),
-            base=str(config.get("base_model_name_or_path") or ""),
+    return _checked_spec(path, config)
+
+
+def _checked_spec(path: Path, config: dict[str, Any]) -> LoraSpec:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    dropout, base = config.get("lora_dropout") or 0.0, config.get("base_model_name_or_path") or ""
+    targets, heads = config.get("target_modules"), config.get("modules_to_save") or []
+    largest = sys.float_info.max
+    right = {
+        "r": type(rank) is int and 1 <= rank < 2**31,
+        "lora_alpha": type(alpha) in (int, float) and 0 < alpha <= largest,  # type: ignore
+        "lora_dropout": type(dropout) in (int, float) and 0 <= dropout < 1,
+        "target_modules": _names(targets) and targets != [],
+        "modules_to_save": _names(heads),
+        "base_model_name_or_path": isinstance(base, str),
+    }
+    if wrong := [name for name, good in right.items() if not good]:
+        needed = "numbers r and lora_alpha and a list target_modules"
+        raise InputError(
+            f"{path}: damaged, it needs {needed} ({wrong[0]} is {config.get(wrong[0])!r})"
         )
-    except (KeyError, TypeError, ValueError) as error:
-        wanted = "numbers r and lora_alpha and a list target_modules"
-        raise InputError(f"{path}: damaged, it needs {wanted} ({error})") from error
+    return LoraSpec(
+        rank=rank,  # type: ignore[arg-type]
+        alpha=float(alpha),  # type: ignore[arg-type]
+        dropout=float(dropout),
+        target_modules=tuple(sorted(targets)),  # type: ignore[arg-type]
+        rslora=bool(config.get("use_rslora")),
+        head_modules=tuple(heads),
+        base=base,
+    )
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def read_member(folder: Path) -> dict[str, Tensor]:
@@ -135,15 +151,17 @@ def read_member(folder: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except FileNotFoundError as error:
-        raise InputError(f"{path}: member file missing; the ensemble is incomplete") from error
+        raise InputError(f"{path}: member file missing; restore it") from error
     except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path}: member file damaged ({error})") from error
+        raise InputError(f"{path}: member file damaged ({error}); restore it") from error
     return {_own_name(path, key): tensor for key, tensor in tensors.items()}
 
 
 def _own_name(path: Path, key: str) -> str:
     if not key.startswith(PREFIX):
-        raise InputError(f"{path}: tensor {key!r} does not follow PEFT's naming ({PREFIX}…)")
+        raise InputError(
+            f"{path}: tensor {key!r} does not follow PEFT's naming ({PREFIX}…); restore it"
+        )
     name = key.removeprefix(PREFIX)
     if name.endswith((".lora_A.weight", ".lora_B.weight")):
         return name.removesuffix(".weight")

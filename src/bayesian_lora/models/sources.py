@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from bayesian_lora.errors import InputError
 from bayesian_lora.utils.hub import connection_error, offline_by_choice
 
@@ -91,7 +89,7 @@ def file_sha256(path: Path) -> str:
 def load_pretrained(loader: Any, source: ModelSource, **options: Any) -> Any:
     """`loader.from_pretrained(source.path, …)` with the hub's failures as one clear line.
 
-    Code from the hub is never executed: `trust_remote_code` stays off.
+    Code that comes with a model is never executed: `trust_remote_code` stays off.
 
     Raises:
         InputError: not a local folder and not to be had from the hub, or not a usable model.
@@ -99,13 +97,25 @@ def load_pretrained(loader: Any, source: ModelSource, **options: Any) -> Any:
     try:
         path = _readable_path(source.path)
         return loader.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, safetensors.SafetensorError) as error:
-        first = str(error).strip().split("\n")[0]
+    except Exception as error:  # a damaged file raises whatever its first odd byte leads to
+        if "trust_remote_code" in str(error):  # whose advice is to switch it on
+            raise InputError(
+                f"model.name={source.name!r}: it brings Python code of its own, and code that "
+                "comes with a model is never executed: use an architecture that transformers has"
+            ) from error
+        first = _first_line(error)
         raise InputError(
             f"model.name={source.name!r}: could not be loaded ({first}). Known names: "
             f"{', '.join(KNOWN_MODELS)}; a hub id needs the hub to be reachable, else give a "
             "local folder, or model.name=minilm, which needs no network"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says first, without advice to unpickle."""
+    if "weights_only" in (text := str(error)):  # of pytorch_model.bin
+        return "its weights are no plain tensors; only those are read"
+    return " ".join(text.strip().split("\n")[0].split()) or type(error).__name__
 
 
 def _readable_path(path: str) -> str:

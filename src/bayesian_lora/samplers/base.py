@@ -18,15 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora.samplers.flat import Scale, check_group, count_chains, mean, precise, to_device
+from bayesian_lora.samplers.failures import require_finite
+from bayesian_lora.samplers.flat import (
+    Scale,
+    check_group,
+    count_chains,
+    keep_rows,
+    mean,
+    move,
+    precise,
+    to_device,
+)
 from bayesian_lora.samplers.heat import along, begin_watch, follow
 from bayesian_lora.utils.rng import normal_like, restore_states, save_states
 
 Closure = Callable[[], Tensor]
-
-
-class Diverged(RuntimeError):
-    """A chain has left the range in which its rule is stable."""
 
 
 class Sampler(torch.optim.Optimizer, ABC):
@@ -107,12 +113,15 @@ class Sampler(torch.optim.Optimizer, ABC):
 
         Returns:
             The closure's value at the parameters before the step.
+        Raises:
+            Diverged: a chain's gradient is not finite; no chain has moved.
         """
         loss = self.gradient(closure)
         with torch.no_grad():
             g = self.drift()
             h = self.per_coordinate(lambda group: group["lr"])
             self.stats = {"drift_norm": torch.linalg.vector_norm(g, dim=1)}
+            require_finite("the gradient", self.stats["drift_norm"])
             self.stats["step_size"] = torch.full_like(self.stats["drift_norm"], mean(h))
             if (watch := self.memory.get("watch")) is not None:
                 watch["moved"] = torch.zeros_like(watch["moved"])
@@ -161,14 +170,7 @@ class Sampler(torch.optim.Optimizer, ABC):
         if (watch := self.memory.get("watch")) is not None:
             w = self.dual(watch["direction"])
             watch["moved"] = watch["moved"] + (w * (x * scale)).sum(1)
-        if isinstance(scale, Tensor):
-            x, scale = x * scale, 1.0
-        sizes = [p.numel() // self.num_chains for p in self.present]
-        pieces = [
-            piece.reshape(p.shape).to(p.dtype)
-            for piece, p in zip(x.split(sizes, dim=1), self.present, strict=True)
-        ]
-        torch._foreach_add_(self.present, pieces, alpha=scale)  # type: ignore
+        move(self.present, x, scale)
 
     def normal(self, like: Tensor) -> Tensor:
         """z ~ N(0, I), flat (M, d); zeros, without a draw, where every temperature is 0."""
@@ -264,16 +266,17 @@ class Sampler(torch.optim.Optimizer, ABC):
         check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         try:
-            self.num_chains = self._count_chains()
+            self.num_chains = count_chains(self.param_groups, self.chain_dim, self.generators)
         except ValueError:
             self.param_groups.pop()
             raise
 
-    def _count_chains(self) -> int:
-        chains = count_chains(self.param_groups, self.chain_dim)
-        if isinstance(self.generators, Sequence) and len(self.generators) != chains:
-            raise ValueError(f"{len(self.generators)} generators for {chains} chains: one for each")
-        return chains
+    def keep_chains(self, kept: Sequence[int]) -> None:
+        """Go on with these chains alone; the parameters have been cut to them already."""
+        self.memory = keep_rows(self.memory, kept)
+        if isinstance(self.generators, Sequence):
+            self.generators = [self.generators[m] for m in kept]
+        self.num_chains = count_chains(self.param_groups, self.chain_dim, self.generators)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's state dict, what the rule remembers, and the generators' states."""
@@ -293,6 +296,5 @@ class Sampler(torch.optim.Optimizer, ABC):
         self.memory = to_device(copy.deepcopy(memory), device)
 
     def _generator_list(self) -> list[torch.Generator]:
-        if self.generators is None:
-            return []
-        return list(self.generators) if isinstance(self.generators, Sequence) else [self.generators]
+        given = self.generators
+        return [*given] if isinstance(given, Sequence) else [g for g in (given,) if g is not None]

@@ -3,7 +3,7 @@
 Shapes: M chains.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,14 +24,18 @@ class ControlVariate:
 
     Args:
         params: the sampled parameters, at θ*.
-        full: the closure of the whole training set; called once.
+        full: the closure of the whole training set; called once. None if `load_state_dict` follows.
 
     Raises:
         ValueError: a parameter has no gradient after `full`.
     """
 
-    def __init__(self, params: Iterable[Tensor], full: Closure) -> None:
+    def __init__(self, params: Iterable[Tensor], full: Closure | None) -> None:
         self.params = list(params)
+        self.anchor: list[Tensor] = []
+        self.full_gradient: list[Tensor] = []
+        if full is None:
+            return
         with torch.enable_grad():
             full()
         if any(p.grad is None for p in self.params):
@@ -56,6 +60,11 @@ class ControlVariate:
         compute.plain = batch  # type: ignore[attr-defined]  # for SAM's perturbation
         return compute
 
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with these chains alone, of parameters (M, …)."""
+        self.anchor = [t[list(kept)] for t in self.anchor]
+        self.full_gradient = [t[list(kept)] for t in self.full_gradient]
+
     def state_dict(self) -> dict[str, list[Tensor]]:
         """θ* and g(θ*)."""
         return {
@@ -65,9 +74,9 @@ class ControlVariate:
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Undo `state_dict`."""
-        for own, given in ((self.anchor, "anchor"), (self.full_gradient, "full_gradient")):
-            for tensor, value in zip(own, state[given], strict=True):
-                tensor.copy_(value)
+        device = self.params[0].device
+        self.anchor = [t.to(device, copy=True) for t in state["anchor"]]
+        self.full_gradient = [t.to(device, copy=True) for t in state["full_gradient"]]
 
     def _correct(self, batch: Closure) -> list[Tensor]:
         """The correction of this batch; θ and its gradient are as before afterwards."""

@@ -4,6 +4,7 @@ Shapes: M chains, d parameters of one chain.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,11 +48,30 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def count_chains(groups: list[dict[str, Any]], chain_dim: int | None) -> int:
+def keep_rows(value: Any, kept: Sequence[int]) -> Any:
+    """These chains' rows of the tensors (M, …) in nested dicts."""
+    if isinstance(value, dict):
+        return {name: keep_rows(v, kept) for name, v in value.items()}
+    return value[list(kept)] if isinstance(value, Tensor) else value
+
+
+def move(params: Sequence[Tensor], x: Tensor, scale: Scale) -> None:
+    """θ ← θ + scale·x for a flat x (M, d) in the order of the parameters (M, …)."""
+    if isinstance(scale, Tensor):
+        x, scale = x * scale, 1.0
+    sizes = [p.numel() // len(x) for p in params]
+    pieces = [
+        piece.reshape(p.shape).to(p.dtype)
+        for piece, p in zip(x.split(sizes, dim=1), params, strict=True)
+    ]
+    torch._foreach_add_(params, pieces, alpha=scale)  # type: ignore
+
+
+def count_chains(groups: list[dict[str, Any]], chain_dim: int | None, generators: Any) -> int:
     """M of the parameters in groups; 1 without a chain dimension.
 
     Raises:
-        ValueError: they disagree, or have no dimension at all.
+        ValueError: they disagree, or have no dimension at all, or have not a generator each.
     """
     sizes = {
         1 if chain_dim is None else (p.shape[0] if p.ndim else -1)
@@ -60,7 +80,10 @@ def count_chains(groups: list[dict[str, Any]], chain_dim: int | None) -> int:
     }
     if len(sizes) != 1 or -1 in sizes:
         raise ValueError(f"parameters disagree on the number of chains: {sorted(sizes)}")
-    return sizes.pop()
+    chains = sizes.pop()
+    if isinstance(generators, Sequence) and len(generators) != chains:
+        raise ValueError(f"{len(generators)} generators for {chains} chains: one for each")
+    return chains
 
 
 def check_group(group: dict[str, Any]) -> None:

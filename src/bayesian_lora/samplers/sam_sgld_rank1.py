@@ -1,5 +1,6 @@
 """SAM-SGLD with rank-1 directional noise, in three ways to choose its direction."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -91,6 +92,10 @@ class SAMSGLDRank1(SAMSGLD):
             return unit(m)
         m.mul_(self.beta1).add_(g, alpha=1 - self.beta1)
         return torch.zeros_like(g)
+
+    def keep_chains(self, kept: Sequence[int]) -> None:
+        super().keep_chains(kept)
+        self._u = None if self._u is None else self._u[list(kept)]
 
     def whitened(self, g: Tensor) -> Tensor:
         """√P g = (I + σ_dir u uᵀ)g with this step's u; g where P is not in the drift."""

@@ -98,8 +98,9 @@ class CycleThinning:
 
     @property
     def steps(self) -> int:
-        """Whole cycles."""
-        return -(-self.draws // self.per_cycle) * self.cycle.steps
+        """Up to the last draw."""
+        number, place = divmod(self.draws - 1, self.per_cycle)
+        return (number + 1) * self.cycle.steps - (self.per_cycle - 1 - place) * self.thin
 
     def draw_after(self, step: int) -> int | None:
         """The draw (0-based) completed by `step` finished sampling steps, if any."""

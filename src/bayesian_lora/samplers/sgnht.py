@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora.samplers.base import Diverged, Sampler
+from bayesian_lora.samplers.base import Sampler
+from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.samplers.flat import Scale, require
 from bayesian_lora.samplers.sghmc import relaxation_of
 
@@ -70,6 +71,13 @@ class SGNHT(Sampler):
     def update(self, g: Tensor, h: Scale) -> None:
         v, f = self.buffer("v", g), self.friction
         xi = self.memory.setdefault("xi", g.new_full((self.num_chains, 1), f))
+        lost = [m for m, x in enumerate(xi[:, 0].tolist()) if not x < LARGEST_FRICTION]  # also NaN
+        if lost:
+            raise Diverged(
+                f"the thermostat's friction reached {float(xi.max()):.3g} (limit "
+                f"{LARGEST_FRICTION}): gradients are too noisy for this step size",
+                lost,
+            )
         noise = f**0.5 * self.noise_std(h) * self.normal(g)
         v.mul_(1 - xi).sub_(h * g).add_(noise)
         self.shift(v)
@@ -77,11 +85,6 @@ class SGNHT(Sampler):
         xi += self.rate * (kinetic * (2 - xi) / 2 - 1)
         self.stats["noise_norm"] = torch.linalg.vector_norm(noise, dim=1)
         self.stats["friction"] = xi[:, 0].clone()
-        if not bool((xi < LARGEST_FRICTION).all()):  # also NaN
-            raise Diverged(
-                f"the thermostat's friction reached {float(xi.max()):.3g} (limit "
-                f"{LARGEST_FRICTION}): gradients are too noisy for this step size"
-            )
 
     def effective_temperature(self, t: Scale, h: Scale, variance: Tensor) -> Tensor:
         heat = 0.5 * self.num_examples * h * variance

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayesian_lora.samplers.base import Closure, Diverged, Sampler
+from bayesian_lora.samplers.base import Closure, Sampler
+from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.utils.rng import chain_generators
 
 MakeSampler = Callable[..., Sampler]

@@ -1,0 +1,256 @@
+"""One run under way: its state, and what of it is on disk.
+
+Shapes: M chains.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from bayesian_lora.account import Account
+from bayesian_lora.config import dump_run_config
+from bayesian_lora.ensemble import Ensemble
+from bayesian_lora.experiment.cells import identity
+from bayesian_lora.experiment.provenance import mean_t_eff, provenance
+from bayesian_lora.experiment.resume import Stop, check_own, check_same_inputs, read_state
+from bayesian_lora.experiment.setup import Prior, Setup, run_facts
+from bayesian_lora.experiment.step_log import StepLogger
+from bayesian_lora.manifest import write_manifest
+from bayesian_lora.member_files import MemberRecord, MemberWriter, parse_record, write_folder
+from bayesian_lora.models.peft_io import adapter_config
+from bayesian_lora.progress import Progress
+from bayesian_lora.run_folder import RunFolder
+from bayesian_lora.samplers.failures import Diverged, require_finite
+from bayesian_lora.sampling import RunState
+from bayesian_lora.utils.checkpoint import write_checkpoint
+from bayesian_lora.utils.files import write_atomic
+from bayesian_lora.utils.lora_params import split
+from bayesian_lora.warm_start import StepReport
+
+MANIFEST_EVERY_MEMBER_UP_TO = 200
+ROWS_A_PART = 256
+"""Rows of traces held, at most, before they are written; a checkpoint holds the others."""
+
+
+class Run:
+    """A run's state between two steps; `phases` moves it on.
+
+    `alive` are the numbers of the chains that go on, in the order of the chain dimension; `stage`
+    is ``map`` (the warm start is not finished), ``ready``, or ``chains`` (sampling has begun).
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        folder: RunFolder,
+        progress: Progress,
+        stop: Stop,
+        starts: Ensemble | None = None,
+    ) -> None:
+        self.setup, self.folder, self.progress, self.stop = setup, folder, progress, stop
+        self.config, self.starts = setup.config, starts
+        self.peft_config = adapter_config(setup.model.info.spec)
+        self.writer = MemberWriter(folder.root, self.peft_config, self.config.sampler.num_samples)
+        self.start_records: list[MemberRecord] = []
+        self.state = RunState(setup.model, setup.objective, setup.streams)
+        self.alive = list(range(self.config.sampler.chains))
+        self.seconds = {"train_s": 0.0, "sample_s": 0.0}
+        self.logger = StepLogger(folder, progress, self.config.sampler.temperature, self.alive)
+        self.account: Account | None = None
+        self.prior_search: dict[str, Any] | None = None
+        self.dropped: list[dict[str, Any]] = []
+        self.departures: list[dict[str, Any]] = []
+        self.opened = False
+        self.resumed: dict[str, Any] | None = None
+        self.before_collection: int | None = None
+        self.stage = "map"
+        self._saved = time.monotonic()
+
+    def open(self, go_on: bool) -> None:
+        """Begin in a fresh folder, or go on from the folder's checkpoint."""
+        root = self.folder.root
+        tree, trouble = read_state(root) if go_on else (None, None)
+        if tree is None:
+            self.folder.begin(dump_run_config(self.config), run_facts(self.setup))
+            self.opened = True
+            return
+        for warning in [*check_same_inputs(root, self.setup), *([trouble] if trouble else [])]:
+            self.progress.say(f"Warning: {warning}")
+        check_own(root, tree, self.config)
+        self.folder.verify(tree["folder"])
+        self.writer.load_state_dict(tree["writer"])
+        self.folder.reopen(tree["folder"])
+        write_atomic(root / "config.yaml", dump_run_config(self.config))
+        self.opened, self.resumed, self.stage = True, tree, tree["stage"]
+        self.setup.prior, self.prior_search = Prior(**tree["prior"]), tree["prior_search"]
+        self.seconds, self.before_collection = tree["seconds"], tree["before_collection"]
+        self.dropped, self.departures = tree["dropped"], tree["departures"]
+        self.start_records = [parse_record(row) for row in tree["starts"]]
+        self._narrow(tree["alive"])
+        self.progress.say(f"Going on with the run in {root}\n")
+
+    def _narrow(self, alive: list[int]) -> None:
+        """Leave the chains that a checkpoint has no more."""
+        kept = [self.alive.index(number) for number in alive]
+        if len(kept) < len(self.alive):
+            self._keep(kept)
+
+    def _keep(self, kept: list[int]) -> None:
+        if self.setup.model.num_chains == len(self.alive):  # else one fit for all, still to spread
+            self.state.keep(kept)
+        self.setup.streams = self.state.streams = self.setup.streams.keep(kept)
+        self.alive[:] = [self.alive[m] for m in kept]
+
+    def checkpoint(self) -> None:
+        """All that the next step depends on, and where the appended files stand."""
+        account = self.account
+        tree = {
+            "stage": self.stage,
+            "settings": identity(self.config),
+            "state": self.state.state_dict(),
+            "writer": self.writer.state_dict(),
+            "folder": self.folder.position(),
+            "prior": dataclasses.asdict(self.setup.prior),
+            "prior_search": self.prior_search,
+            "account": None if account is None else dataclasses.asdict(account),
+            "starts": [dataclasses.asdict(record) for record in self.start_records],
+            "alive": list(self.alive),
+            "dropped": self.dropped,
+            "departures": self.departures,
+            "seconds": dict(self.seconds),
+            "before_collection": self.before_collection,
+        }
+        write_checkpoint(self.folder.root / "checkpoint", tree)
+        self._saved = time.monotonic()
+
+    def on_step(self, report: StepReport) -> None:
+        """After every step of any phase: log, warn, checkpoint where one is due."""
+        self.logger.step(report)
+        if (chains := self.state.chains) is not None:
+            for found in chains.energies.take():
+                number = self.alive[found.chain]
+                self.progress.say(f"Warning: {found.told(number)}")
+                self.departures.append({**dataclasses.asdict(found), "chain": number})
+            if len(chains.traces.rows) >= ROWS_A_PART:
+                self.write_traces()
+        due = time.monotonic() - self._saved >= self.config.output.checkpoint_seconds
+        if due or self.stop.requested is not None:
+            self.checkpoint()
+        self.stop.raise_if_requested()
+
+    def lose(self, error: Diverged) -> list[int]:
+        """Drop the chains that cannot go on, if the config allows it and others can.
+
+        Raises:
+            Diverged: it does not, or none is left; the message has the chains' numbers.
+        """
+        kept = [m for m in range(self.setup.model.num_chains) if m not in error.chains]
+        numbers = [self.alive[m] for m in error.chains]
+        told = Diverged(error.what, numbers)
+        if self.config.sampler.on_nonfinite == "stop" or not kept:
+            raise told from error
+        self.write_traces()
+        where = {"phase": self.logger.phase, "after_step": self.logger.last, "reason": error.what}
+        self.dropped += [{"chain": number, **where} for number in numbers]
+        self._keep(kept)
+        self.progress.say(f"Warning: {told} in {self.logger.place()}: dropped, its samples too")
+        return kept
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Steps are under way: signals wait for the end of one."""
+        self.stop.stepping = True
+        try:
+            yield
+        finally:
+            self.stop.stepping = False
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """The block's wall time added to `seconds`, however it ends."""
+        before, began = self.seconds[name], time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = before + time.monotonic() - began
+
+    def keep_draw(self, draw: int) -> None:
+        """Store the chains as they stand as members; `draw` is their time index."""
+        chains = self.state.chains
+        assert chains is not None
+        # The step that led here may have diverged; the closure would notice at the next one.
+        while True:
+            try:
+                require_finite("the loss", self.setup.objective.mean_nll(chains.traces.probe))
+                break
+            except Diverged as error:
+                self.lose(error)
+        total = self.config.sampler.num_samples
+        for member, record in self._members(draw, chains.step):
+            path = self.writer.add(member, record)
+            self.progress.say(f"Saved sample {len(self.writer)}/{total}: {path}")
+        if len(self.writer) <= MANIFEST_EVERY_MEMBER_UP_TO or draw % 50 == 0:
+            self.write_manifest()
+
+    def keep_starts(self, step: int) -> None:
+        """Store the warm starts, one PEFT folder a chain."""
+        root = self.folder.root
+        self.start_records = [
+            write_folder(root, root / "map" / f"chain_{r.chain}", member, self.peft_config, r)
+            for member, r in self._members(draw=0, step=step)
+        ]
+
+    def _members(self, draw: int, step: int) -> list[tuple[dict[str, Any], MemberRecord]]:
+        noise = self.setup.objective.noise_std
+        members = split(dict(self.setup.model.chain_parameters()))
+        values = [None] * len(members) if noise is None else noise.tolist()
+        return [
+            (member, MemberRecord("", chain=number, draw=draw, step=step, noise_std=std))
+            for member, number, std in zip(members, self.alive, values, strict=False)
+        ]
+
+    def save(self) -> None:
+        """Members of an unfinished pack, traces, manifest."""
+        self.writer.flush()
+        self.write_traces()
+        self.write_manifest()
+
+    def write_traces(self) -> None:
+        """The rows held, as the next part."""
+        if self.state.chains is not None:
+            self.folder.write_traces(self.by_chain(self.state.chains.traces.take()))
+
+    def by_chain(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """(M, …) of the chains alive → of all that began, NaN where one was dropped."""
+        total = self.config.sampler.chains
+        whole = {n: np.full((total, *x.shape[1:]), np.nan) for n, x in arrays.items()}
+        for name, values in arrays.items():
+            whole[name][self.alive] = values
+        return whole
+
+    def write_manifest(self) -> None:
+        """`ensemble.json` as things stand, without the chains that were dropped."""
+        head = provenance(self.setup, self.state.chains, self.dropped)
+        records = [r for r in self.writer.records if r.chain in self.alive]
+        write_manifest(self.folder.root, head, records, self.start_records)
+
+    def facts(self) -> dict[str, Any]:
+        """For `run.json`: costs, heat, members, what went wrong."""
+        chains, before = self.state.chains, self.before_collection
+        evaluations = self.setup.objective.evaluations
+        watched = chains is not None and chains.energies.known
+        return {
+            **{name: round(value, 2) for name, value in self.seconds.items()},
+            "gradient_evaluations": evaluations,
+            "sampling_gradient_evaluations": None if before is None else evaluations - before,
+            "account": None if self.account is None else self.account.facts(),
+            "prior_search": self.prior_search,
+            "t_eff": None if chains is None else mean_t_eff(chains),
+            "members": len(self.writer.records),
+            "dropped_chains": self.dropped,
+            "departures": self.departures if watched else None,
+        }
