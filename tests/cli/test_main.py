@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bayesian_lora.cli.main import main
+from bayesian_lora.config import build_config, dump_run_config
 
 
 def call(*arguments: str) -> int | str | None:
@@ -71,12 +72,13 @@ def test_eval_refuses_overrides_that_the_run_was_not_made_with(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.yaml").write_text("model: {name: minilm}\nsampler: {chains: 2}\n")
+    own = build_config({"model": {"name": "minilm"}, "sampler": {"chains": 2}})
+    (run / "config.yaml").write_text(dump_run_config(own))
     config = tmp_path / "other.yaml"
     config.write_text(f"model: {{name: roberta-base}}\noutput: {{dir: {run}}}\n")
     for where in (run, config):
         assert call("eval", str(where), "model.name=bert-base-uncased") == 2
         assert f"{run} was made with model.name=minilm; " in capsys.readouterr().err
-    # What agrees, and what may differ, gets as far as the missing members.
+    # What agrees, and what may differ, gets as far as the missing record.
     assert call("eval", str(config), "sampler.chains=2", "device=cpu", "data.dir=x") == 2
-    assert "ensemble.json: not found" in capsys.readouterr().err
+    assert "run.json: not found" in capsys.readouterr().err

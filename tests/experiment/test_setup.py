@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bayesian_lora.cli.main import main
-from bayesian_lora.config import Config, build_config
+from bayesian_lora.config import Config, build_config, dump_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.setup import (
     data_folder,
@@ -135,7 +135,7 @@ def test_wrong_data_names_the_file_and_the_line(
 def test_an_output_folder_in_use_is_left_alone(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text('{"status": "finished"}')
-    (tmp_path / "other" / "config.yaml").write_text("seed: 7\n")
+    (tmp_path / "other" / "config.yaml").write_text(dump_run_config(build_config({"seed": 7})))
     message = refused(output="other")
     for part in ("run (finished)", "seed: 7 there, 0 here", "output.dir=", "output.overwrite=true"):
         assert part in message
