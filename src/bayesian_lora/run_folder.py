@@ -70,9 +70,9 @@ class RunFolder:
         if not overwrite:
             status = read_json(record, "run").get("status", "unknown")
             raise InputError(
-                f"output.dir={str(self.root)!r} already holds a run (status: {status}): evaluate "
-                f"it with 'bayesian-lora eval {self.root}', keep both with output.dir=<new "
-                "folder>, or replace it with output.overwrite=true"
+                f"output.dir={str(self.root)!r} already holds a run (status: {status}): go on "
+                f"with it (no --no-resume), evaluate it with 'bayesian-lora eval {self.root}', "
+                "keep both with output.dir=<new folder>, or replace it with output.overwrite=true"
             )
 
     def begin(self, config_text: str, facts: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Shapes: M chains, K members.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -140,6 +140,15 @@ def test_a_finished_run_is_extended(
     assert_same_run(tmp_path / "run", whole(*longer))
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as at a terminal: tests in a shell's background are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
     whole: Make, tiny_models: dict[str, Path], tmp_path: Path, number: int, status: int
@@ -161,6 +170,26 @@ def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
     assert read(tmp_path / "run" / "run.json")["status"] == "stopped"
     assert len(Ensemble.load(tmp_path / "run")) == 2, "what was collected can be evaluated"
     train(config, QUIET)
+    assert_same_run(tmp_path / "run", whole())
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    whole: Make, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As a shell sets it for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kept = Run.keep_draw
+
+    def interrupt(self: Run, draw: int) -> None:
+        kept(self, draw)
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "keep_draw", interrupt)
+            train(config_of(tiny_models["bert"], tmp_path / "run"), QUIET)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert_same_run(tmp_path / "run", whole())
 
 

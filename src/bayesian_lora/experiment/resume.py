@@ -191,11 +191,17 @@ class Stop:
 
     @contextmanager
     def installed(self) -> Iterator["Stop"]:
-        """The handlers, for the block; only in the main thread, where Python delivers signals."""
+        """The handlers, for the block; only in the main thread, where Python delivers signals.
+
+        What the process was started to ignore (SIGINT in a shell's background) stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        old = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        heard = [
+            n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN
+        ]
+        old = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield self
         finally:
