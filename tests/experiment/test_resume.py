@@ -59,10 +59,27 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int, checkpoint: bool = T
     monkeypatch.setattr("bayesian_lora.run_folder.RunFolder.finish", lambda *a, **k: None)
 
 
-POINTS = [1, 5, 9, 10, 11, 13, 14, 15, 17, 19, 20]
+POINTS = [1, 9, 11, 14, 19]
+MORE = [pytest.param(n, marks=pytest.mark.slow) for n in (5, 10, 13, 15, 17, 20)]
+KINDS = [
+    ("sampler.chains=1", "sampler.num_samples=3"),
+    ("train.starts=shared",),
+    ("sampler.variance_reduction=true",),
+    ("sampler.name=csgld", "sampler.cycle_steps=4"),
+    ("sampler.name=sam_sgld_rank1",),
+]
+MORE_KINDS = [
+    ("prior.std=auto", "prior.candidates=[0.1,0.3]"),
+    ("sampler.name=psgld", "sampler.step_size=auto"),
+    ("sampler.name=asgld",),
+    ("sampler.name=sghmc", "sampler.integrator=baoab"),
+    ("sampler.name=sgnht",),
+    ("sampler.name=sam_sgld",),
+    ("sampler.name=sam_sgld_rank1", "sampler.u_mode=cross_chain"),
+]
 
 
-@pytest.mark.parametrize("steps", POINTS)
+@pytest.mark.parametrize("steps", [*POINTS, *MORE])
 def test_a_killed_run_goes_on_to_the_same_bits(
     whole: Make, tiny_models: dict[str, Path], tmp_path: Path, steps: int
 ) -> None:
@@ -78,20 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        ("sampler.chains=1", "sampler.num_samples=3"),
-        ("train.starts=shared",),
-        ("sampler.variance_reduction=true",),
-        ("prior.std=auto", "prior.candidates=[0.1,0.3]"),
-        ("sampler.name=psgld", "sampler.step_size=auto"),
-        ("sampler.name=asgld",),
-        ("sampler.name=sghmc", "sampler.integrator=baoab"),
-        ("sampler.name=sgnht",),
-        ("sampler.name=csgld", "sampler.cycle_steps=4"),
-        ("sampler.name=sam_sgld",),
-        ("sampler.name=sam_sgld_rank1",),
-        ("sampler.name=sam_sgld_rank1", "sampler.u_mode=cross_chain"),
-    ],
+    [*KINDS, *(pytest.param(keys, marks=pytest.mark.slow) for keys in MORE_KINDS)],
     ids=lambda keys: " ".join(keys),
 )
 def test_every_kind_of_run_goes_on(
@@ -108,7 +112,7 @@ def test_every_kind_of_run_goes_on(
     assert_same_run(tmp_path / "run", whole(*keys))
 
 
-@pytest.mark.parametrize("steps", [16, 17, 18, 19])
+@pytest.mark.parametrize("steps", [17, 18])
 def test_traces_are_appended_part_by_part(
     whole: Make,
     tiny_models: dict[str, Path],
