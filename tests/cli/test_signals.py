@@ -112,12 +112,10 @@ def whole(write: Write) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "phase"),
-    [
-        (signal.SIGTERM, 143, "sampling"),
-        pytest.param(signal.SIGINT, 130, "map", marks=pytest.mark.slow),
-    ],
+    [(signal.SIGTERM, 143, "sampling"), (signal.SIGINT, 130, "map")],
 )
 def test_a_signal_leaves_a_run_that_goes_on_as_printed(
     write: Write, whole: Path, number: int, status: int, phase: str
