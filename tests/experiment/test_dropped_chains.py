@@ -202,3 +202,13 @@ def test_the_last_chain_is_never_dropped(
     with pytest.raises(InputError, match="not finite in warm start") as stopped:
         train(config_of(tiny_models["bert"], tmp_path / "run", *one), QUIET)
     assert isinstance(stopped.value.__cause__, Diverged)
+
+
+def test_a_key_without_effect_asks_for_no_second_chain(
+    tiny_models: dict[str, Path], tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """`u_mode` is another sampler's: one chain of sgld may go on alone."""
+    Poison("sampling", 3).install(patch)
+    keys = ("sampler.on_nonfinite=drop", "sampler.u_mode=cross_chain")
+    root = train(config_of(tiny_models["bert"], tmp_path / "run", *keys), QUIET)
+    assert {r.chain for r in Ensemble.load(root).records} == {0}

@@ -15,7 +15,7 @@ from bayesian_lora.experiment.cells import differences, identity, settings_of
 from bayesian_lora.experiment.setup import Setup, run_facts
 from bayesian_lora.member_files import PackReader, parse_record, read_verified
 from bayesian_lora.run_folder import BEGINNING, RunFolder, versions
-from bayesian_lora.utils.checkpoint import Damaged, drop_newest, read_checkpoint
+from bayesian_lora.utils.checkpoint import Damaged, read_checkpoint
 from bayesian_lora.utils.files import read_json
 
 FORMAT = 1
@@ -101,17 +101,14 @@ def read_state(root: Path) -> tuple[dict[str, Any] | None, str | None]:
         InputError: there are checkpoints and none is whole, or there are samples and none.
     """
     try:
-        tree, trouble = read_checkpoint(folder := root / "checkpoint")
+        tree, trouble = read_checkpoint(root / "checkpoint")
     except FileNotFoundError as error:
         if not any((root / name).exists() for name in ("samples", "members.jsonl")):
             return None, None  # nothing was drawn: the warm start is fitted again, to the same bits
         raise _nothing_to_go_on_from(root, "its checkpoint is gone") from error
     except Damaged as error:
         raise _nothing_to_go_on_from(root, str(error)) from error
-    if trouble is None:
-        return tree, None
-    drop_newest(folder)
-    return tree, f"{trouble}; going on from the one before it"
+    return tree, None if trouble is None else f"{trouble}; going on from the one before it"
 
 
 def _nothing_to_go_on_from(root: Path, why: str) -> InputError:

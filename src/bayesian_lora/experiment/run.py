@@ -13,6 +13,7 @@ import numpy as np
 
 from bayesian_lora.account import Account
 from bayesian_lora.config import dump_run_config, load_run_config
+from bayesian_lora.config_checks import least_chains
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.experiment.cells import identity
 from bayesian_lora.experiment.provenance import mean_t_eff, provenance
@@ -32,7 +33,7 @@ from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.samplers.failures import Diverged, require_finite
 from bayesian_lora.sampling import RunState
-from bayesian_lora.utils.checkpoint import write_checkpoint
+from bayesian_lora.utils.checkpoint import drop_newest, write_checkpoint
 from bayesian_lora.utils.files import write_atomic
 from bayesian_lora.utils.lora_params import split
 from bayesian_lora.warm_start import StepReport
@@ -93,6 +94,8 @@ class Run:
         self.folder.verify(tree["folder"])
         self.writer.load_state_dict(tree["writer"])
         self.folder.reopen(tree["folder"])
+        if trouble:
+            drop_newest(root / "checkpoint")
         write_atomic(root / "config.yaml", dump_run_config(self.config))
         self.opened, self.resumed, self.stage = True, tree, tree["stage"]
         self.setup.prior, self.prior_search = Prior(**tree["prior"]), tree["prior_search"]
@@ -162,8 +165,8 @@ class Run:
         kept = [m for m in range(self.setup.model.num_chains) if m not in error.chains]
         numbers = [self.alive[m] for m in error.chains]
         told = Diverged(error.what, numbers)
-        needed = 2 if self.config.sampler.u_mode == "cross_chain" else 1
-        if self.config.sampler.on_nonfinite == "stop" or len(kept) < needed:
+        sampler = self.config.sampler
+        if sampler.on_nonfinite == "stop" or len(kept) < least_chains(sampler):
             raise told from error
         self.write_traces()
         where = {"phase": self.logger.phase, "after_step": self.logger.last, "reason": error.what}
