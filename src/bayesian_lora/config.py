@@ -33,8 +33,8 @@ __all__ = [
 ]
 
 DEEPEST, LARGEST, REFERENCES = 20, 2**63, 20
-"""Brackets within brackets, whole numbers, and ``${…}`` (each may double a text): the schema needs
-4, a seed's and none; beyond them a file can only do harm.
+"""Brackets within brackets, whole numbers, and ``${…}`` or ``*name`` (each may double what is
+read): the schema needs 4, a seed's and none; beyond them a file can only do harm.
 """
 # OmegaConf raises TypeError where a list meets a mapping.
 _WRONG = (OmegaConfBaseException, TypeError, ValueError, OverflowError, RecursionError)
@@ -76,14 +76,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def _require_shallow(text: str) -> None:
     """Raises ValueError for nesting that would overflow the stack of YAML's parser in C, which
-    ends the process; its events are read one by one.
+    ends the process, and for aliases that would grow without end; its events are read one by one.
     """
-    depth = 0
+    depth, aliases = 0, 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
+        aliases += isinstance(event, yaml.AliasEvent)
         if depth > DEEPEST:
             raise ValueError(f"nested deeper than {DEEPEST}")
+        if aliases > REFERENCES:
+            raise ValueError(f"more than {REFERENCES} aliases (*name); write values")
 
 
 def build_config(

@@ -62,6 +62,11 @@ def check_consistency(config: Config) -> None:
         )
 
 
+def least_chains(s: SamplerConfig) -> int:
+    """The chains without which a sampler is not what it says."""
+    return 2 if s.name == "sam_sgld_rank1" and s.u_mode == "cross_chain" else 1
+
+
 def _check_sampler(s: SamplerConfig) -> None:
     """What a sampler needs of the other keys."""
     if s.name in {"psgld", "asgld", "sam_sgld_rank1"} and s.burn_in == 0:
@@ -71,7 +76,7 @@ def _check_sampler(s: SamplerConfig) -> None:
                 f"sampler.burn_in=0: {s.name} adapts during burn-in and is fixed after it; "
                 "set sampler.burn_in=100 or more"
             )
-    if s.name == "sam_sgld_rank1" and s.u_mode == "cross_chain" and s.chains < 2:
+    if s.chains < least_chains(s):
         raise InputError(
             "sampler.u_mode=cross_chain takes each chain's direction from another chain: "
             "set sampler.chains=2 or more"

@@ -64,9 +64,13 @@ class EnergyRange:
         """(M,) of one batch's energy in burn-in's second half."""
         return (self.squares / max(1, self.count - 1)).sqrt()
 
+    def listens(self, step: int) -> bool:
+        """Whether step number `step` (from 0) counts: not in burn-in's first half."""
+        return self.known and step >= self.burn_in // 2
+
     def record(self, loss: Tensor, prior: Tensor, step: int) -> None:
         """Take in step number `step` (from 0): batch loss (M,) and prior energy over N (M,)."""
-        if not self.known or step < self.burn_in // 2:
+        if not self.listens(step):
             return
         energy = loss.detach().cpu().double() + prior.cpu().double()
         if step < self.burn_in:  # Welford's update

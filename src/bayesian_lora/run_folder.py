@@ -70,9 +70,9 @@ class RunFolder:
         if not overwrite:
             status = read_json(record, "run").get("status", "unknown")
             raise InputError(
-                f"output.dir={str(self.root)!r} already holds a run (status: {status}): evaluate "
-                f"it with 'bayesian-lora eval {self.root}', keep both with output.dir=<new "
-                "folder>, or replace it with output.overwrite=true"
+                f"output.dir={str(self.root)!r} already holds a run (status: {status}): go on "
+                f"with it (no --no-resume), evaluate it with 'bayesian-lora eval {self.root}', "
+                "keep both with output.dir=<new folder>, or replace it with output.overwrite=true"
             )
 
     def begin(self, config_text: str, facts: dict[str, Any]) -> None:
@@ -96,15 +96,10 @@ class RunFolder:
         self._write_status()
 
     def reopen(self, state: dict[str, Any]) -> None:
-        """Go on with a run: cut what was appended after its checkpoint (`position`).
-
-        Raises:
-            InputError: a part of the traces from before it is missing.
-        """
-        self.verify(state)
+        """Go on with a run: cut what was appended after its checkpoint, a `position` verified."""
         self.status = read_json(self.root / "run.json", "run")
         self.status |= {"status": "running", "pid": os.getpid(), "resumed": _now()}
-        for name in ("reason", "traces"):
+        for name in ("reason", "traces", "ended", "wall_s", "members", "t_eff"):
             self.status.pop(name, None)
         self._began = time.time() - state["wall_s"]
         self.parts = state["trace_parts"]

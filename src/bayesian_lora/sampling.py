@@ -115,9 +115,10 @@ class Chains:
             group["lr"] = h
         rows = self.order.iid()
         loss = self._step_of(rows)
-        with torch.no_grad():
-            prior = prior_energy(self.traces.groups) / self.sampler.num_examples
-        self.energies.record(loss, prior, self.step)
+        if self.energies.listens(self.step):
+            with torch.no_grad():
+                prior = prior_energy(self.traces.groups) / self.sampler.num_examples
+            self.energies.record(loss, prior, self.step)
         self.step += 1
         accuracy = self.objective.accuracy
         h = float(self.sampler.stats["step_size"][0])

@@ -58,6 +58,8 @@ def started(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # As at a terminal: what a shell runs in its background is started to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
@@ -110,12 +112,10 @@ def whole(write: Write) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "phase"),
-    [
-        (signal.SIGTERM, 143, "sampling"),
-        pytest.param(signal.SIGINT, 130, "map", marks=pytest.mark.slow),
-    ],
+    [(signal.SIGTERM, 143, "sampling"), (signal.SIGINT, 130, "map")],
 )
 def test_a_signal_leaves_a_run_that_goes_on_as_printed(
     write: Write, whole: Path, number: int, status: int, phase: str

@@ -23,13 +23,12 @@ from bayesian_lora.warm_start import StepReport
 from .same_runs import QUIET, assert_same_run, config_of, read
 
 DROP = ("sampler.on_nonfinite=drop", "sampler.chains=3", "sampler.num_samples=9")
-KINDS = [
-    (),
+KINDS = [(), ("train.starts=shared",)]
+MORE_KINDS = [
     ("sampler.variance_reduction=true",),
     ("sampler.name=sgnht",),
     ("sampler.name=asgld",),
     ("sampler.name=sam_sgld",),
-    ("train.starts=shared",),
 ]
 
 
@@ -63,7 +62,11 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
         yield context
 
 
-@pytest.mark.parametrize("keys", KINDS, ids=" ".join)
+@pytest.mark.parametrize(
+    "keys",
+    [*KINDS, *(pytest.param(keys, marks=pytest.mark.slow) for keys in MORE_KINDS)],
+    ids=" ".join,
+)
 def test_the_others_go_on_as_if_it_had_never_been(
     tiny_models: dict[str, Path], tmp_path: Path, patch: pytest.MonkeyPatch, keys: tuple[str, ...]
 ) -> None:
@@ -199,3 +202,13 @@ def test_the_last_chain_is_never_dropped(
     with pytest.raises(InputError, match="not finite in warm start") as stopped:
         train(config_of(tiny_models["bert"], tmp_path / "run", *one), QUIET)
     assert isinstance(stopped.value.__cause__, Diverged)
+
+
+def test_a_key_without_effect_asks_for_no_second_chain(
+    tiny_models: dict[str, Path], tmp_path: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """`u_mode` is another sampler's: one chain of sgld may go on alone."""
+    Poison("sampling", 3).install(patch)
+    keys = ("sampler.on_nonfinite=drop", "sampler.u_mode=cross_chain")
+    root = train(config_of(tiny_models["bert"], tmp_path / "run", *keys), QUIET)
+    assert {r.chain for r in Ensemble.load(root).records} == {0}

@@ -207,6 +207,7 @@ def unwritable(mount: Mount, folder: Path) -> Iterator[None]:
         mount(folder, "-o", "remount,rw,bind")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [".", "checkpoint", "samples"])
 def test_a_folder_becomes_read_only(
     mount: Mount,

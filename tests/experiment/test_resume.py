@@ -4,7 +4,7 @@ Shapes: M chains, K members.
 """
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -59,10 +59,27 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int, checkpoint: bool = T
     monkeypatch.setattr("bayesian_lora.run_folder.RunFolder.finish", lambda *a, **k: None)
 
 
-POINTS = [1, 5, 9, 10, 11, 13, 14, 15, 17, 19, 20]
+POINTS = [1, 9, 11, 14, 19]
+MORE = [pytest.param(n, marks=pytest.mark.slow) for n in (5, 10, 13, 15, 17, 20)]
+KINDS = [
+    ("sampler.chains=1", "sampler.num_samples=3"),
+    ("train.starts=shared",),
+    ("sampler.variance_reduction=true",),
+    ("sampler.name=csgld", "sampler.cycle_steps=4"),
+    ("sampler.name=sam_sgld_rank1",),
+]
+MORE_KINDS = [
+    ("prior.std=auto", "prior.candidates=[0.1,0.3]"),
+    ("sampler.name=psgld", "sampler.step_size=auto"),
+    ("sampler.name=asgld",),
+    ("sampler.name=sghmc", "sampler.integrator=baoab"),
+    ("sampler.name=sgnht",),
+    ("sampler.name=sam_sgld",),
+    ("sampler.name=sam_sgld_rank1", "sampler.u_mode=cross_chain"),
+]
 
 
-@pytest.mark.parametrize("steps", POINTS)
+@pytest.mark.parametrize("steps", [*POINTS, *MORE])
 def test_a_killed_run_goes_on_to_the_same_bits(
     whole: Make, tiny_models: dict[str, Path], tmp_path: Path, steps: int
 ) -> None:
@@ -78,20 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
 
 @pytest.mark.parametrize(
     "keys",
-    [
-        ("sampler.chains=1", "sampler.num_samples=3"),
-        ("train.starts=shared",),
-        ("sampler.variance_reduction=true",),
-        ("prior.std=auto", "prior.candidates=[0.1,0.3]"),
-        ("sampler.name=psgld", "sampler.step_size=auto"),
-        ("sampler.name=asgld",),
-        ("sampler.name=sghmc", "sampler.integrator=baoab"),
-        ("sampler.name=sgnht",),
-        ("sampler.name=csgld", "sampler.cycle_steps=4"),
-        ("sampler.name=sam_sgld",),
-        ("sampler.name=sam_sgld_rank1",),
-        ("sampler.name=sam_sgld_rank1", "sampler.u_mode=cross_chain"),
-    ],
+    [*KINDS, *(pytest.param(keys, marks=pytest.mark.slow) for keys in MORE_KINDS)],
     ids=lambda keys: " ".join(keys),
 )
 def test_every_kind_of_run_goes_on(
@@ -108,7 +112,7 @@ def test_every_kind_of_run_goes_on(
     assert_same_run(tmp_path / "run", whole(*keys))
 
 
-@pytest.mark.parametrize("steps", [16, 17, 18, 19])
+@pytest.mark.parametrize("steps", [17, 18])
 def test_traces_are_appended_part_by_part(
     whole: Make,
     tiny_models: dict[str, Path],
@@ -140,6 +144,15 @@ def test_a_finished_run_is_extended(
     assert_same_run(tmp_path / "run", whole(*longer))
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as at a terminal: tests in a shell's background are started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
     whole: Make, tiny_models: dict[str, Path], tmp_path: Path, number: int, status: int
@@ -161,6 +174,26 @@ def test_a_signal_waits_for_the_step_and_leaves_a_checkpoint(
     assert read(tmp_path / "run" / "run.json")["status"] == "stopped"
     assert len(Ensemble.load(tmp_path / "run")) == 2, "what was collected can be evaluated"
     train(config, QUIET)
+    assert_same_run(tmp_path / "run", whole())
+
+
+def test_a_signal_that_is_ignored_stays_ignored(
+    whole: Make, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """As a shell sets it for what it runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kept = Run.keep_draw
+
+    def interrupt(self: Run, draw: int) -> None:
+        kept(self, draw)
+        signal.raise_signal(signal.SIGINT)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "keep_draw", interrupt)
+            train(config_of(tiny_models["bert"], tmp_path / "run"), QUIET)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert_same_run(tmp_path / "run", whole())
 
 

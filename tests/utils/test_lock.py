@@ -39,4 +39,5 @@ def test_it_is_free_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locked(tmp_path / "new"):
         raise ZeroDivisionError
     with locked(tmp_path / "new"):
-        pass
+        assert (tmp_path / "new" / LOCK).is_file()
+    assert not (tmp_path / "new" / LOCK).exists(), "nothing is left of it"

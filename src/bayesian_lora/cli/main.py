@@ -171,7 +171,8 @@ def _terminable() -> Iterator[None]:
 
     From the first moment on: a run has handlers of its own only while it is under way.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -21,6 +21,7 @@ Settings = dict[str, Any]
 Axes = dict[str, list[str]]
 
 NOT_AXES = ("output", "compare", "train.starts_from")
+FREE = ("data.dir", "model.name", "device", "sampler.num_samples", "sampler.on_nonfinite")
 NAME_LENGTH = 120
 QUOTED = re.compile(r"'(?:''|[^'])*'" + r'|"(?:\\.|[^"\\])*"', re.DOTALL)
 HOW = (
@@ -178,10 +179,12 @@ def settings_of(config: Config) -> Settings:
 
 
 def identity(config: Config) -> str:
-    """A digest of `settings_of` without what may change in a run that goes on."""
-    settings = settings_of(config)
-    for key in ("data.dir", "model.name", "device", "sampler.num_samples"):
-        del settings[key]
+    """A digest of `settings_of` without what may change in a run that goes on.
+
+    Defaults are left out, so that a key that is added later changes nothing.
+    """
+    usual = settings_of(Config())
+    settings = {k: v for k, v in settings_of(config).items() if k not in FREE and v != usual.get(k)}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -173,16 +173,15 @@ class Comparison:
             self.progress.say(f"{title}: already done")
             return
         self.progress.say(f"\n{title}")
-        config = self._begin(cell)
-        entry = self.entries[cell.name]
+        update = self.entries[cell.name].update
         try:
-            folder = train(config, self.progress)
-            entry |= {"status": "finished", **_figures(folder)}
+            config = self._begin(cell)
+            update({"status": "finished", **_figures(train(config, self.progress))})
         except InputError as error:
-            entry |= {"status": "failed", "error": str(error)}
+            update({"status": "failed", "error": str(error)})
             self.progress.say(f"{title} failed: {error}")
         except BaseException as error:
-            entry |= {"status": "interrupted", "error": f"{type(error).__name__} {error}".strip()}
+            update({"status": "interrupted", "error": f"{type(error).__name__} {error}".strip()})
             raise
         finally:
             self.progress.end()
@@ -193,7 +192,8 @@ class Comparison:
         config = copy.deepcopy(cell.config)
         folder = self.root / cell.name
         config.output.dir, config.output.overwrite = str(folder), False
-        entry = self.entries[cell.name] = _pending(cell) | {"status": "running"}
+        entry = self.entries[cell.name]
+        entry |= _pending(cell) | {"status": "running"}
         given, donor = config.train.starts_from, self._donor(cell)
         if given is not None:
             entry |= {"warm_start": given, "starts_from": given}

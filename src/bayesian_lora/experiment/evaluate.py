@@ -4,6 +4,8 @@ Shapes: K members, M chains, N examples.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +34,7 @@ from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder, read_starts, read_traces
 from bayesian_lora.utils.files import read_json
+from bayesian_lora.utils.lock import locked
 from bayesian_lora.utils.lora_params import chain_norm
 
 Figures = dict[str, Any]
@@ -91,7 +94,7 @@ def evaluate_run(
         **_compare(task.metrics, regression, predictions, map_predictions, held),
         "uncertainty": evaluation.uncertainty(regression, predictions),
         **evaluation.against_truth(predictions),
-        "diagnostics": run_diagnostics(root),
+        "diagnostics": run_diagnostics(root, full.provenance.sampler.get("dropped_chains") or []),
         "parameters": evaluation.parameter_statistics(norms),
         "cost": _cost(root, time.monotonic() - began),
         "own_metrics": list(task.metrics),
@@ -99,12 +102,26 @@ def evaluate_run(
         **_stated(full.provenance.sampler),
     }
     if len(chosen) == len(full):
-        folder = RunFolder(root)
-        folder.write_predictions(split, _arrays(predictions))
-        folder.write_metrics(split, task.default_split, figures)
+        store = partial(_store, root, split, task.default_split, predictions, figures)
+        _store_alone(root, store, progress) if setup is None else store()
     for line in _lines(figures, full):
         progress.say(line)
     return figures
+
+
+def _store(root: Path, split: str, usual: str, predictions: Predictions, figures: Figures) -> None:
+    folder = RunFolder(root)
+    folder.write_predictions(split, _arrays(predictions))
+    folder.write_metrics(split, usual, figures)
+
+
+def _store_alone(root: Path, store: Callable[[], None], progress: Progress) -> None:
+    """Never beside a process that writes the run: its own figures come later and stay."""
+    try:
+        with locked(root):
+            store()
+    except InputError as error:
+        progress.say(f"Not stored: {error}")
 
 
 def _choose(full: Ensemble, members: Members) -> Ensemble:
@@ -159,16 +176,16 @@ def _compare(
     }
 
 
-def run_diagnostics(root: Path) -> Figures:
-    """R-hat, ESS and the verdict from the run's traces; T_eff from `run.json`."""
+def run_diagnostics(root: Path, dropped: list[Figures]) -> Figures:
+    """R-hat, ESS and the verdict from the traces of the chains not dropped; T_eff of `run.json`."""
     run = read_json(root / "run.json", "run")
-    lost = [drop["chain"] for drop in run.get("dropped_chains", [])]
+    lost = [drop["chain"] for drop in dropped]
     rows, starts = (
         None if given is None else {name: np.delete(x, lost, axis=0) for name, x in given.items()}
         for given in (read_traces(root), read_starts(root))
     )
     figures = diagnostics.summarise(rows or {}, starts)
-    figures |= {name: run.get(name) for name in ("dropped_chains", "departures")}
+    figures |= {"dropped_chains": dropped, "departures": run.get("departures")}
     if figures["departures"] is None:
         figures["departures_reason"] = f"burn-in has fewer than {2 * LEAST} steps"
     figures["t_eff"] = run.get("t_eff")

@@ -3,6 +3,8 @@
 Each goes on from where a run's checkpoint stands.
 """
 
+import dataclasses
+
 from bayesian_lora.account import Account, account_lines
 from bayesian_lora.data.batching import BatchOrder
 from bayesian_lora.experiment.priors import prior_lines, search_lines, search_prior
@@ -86,6 +88,7 @@ def _fit(run: Run) -> int:
     )
     if run.resumed is not None:
         run.state.load_state_dict(run.resumed["state"])
+        run.resumed = None  # else the whole state is held a second time
     run.logger.begin("map", warm.total)
     with run.stepping():
         warm.run(run.on_step, lambda report: _say_epoch(run, report))
@@ -110,8 +113,10 @@ def sample(run: Run) -> None:
         run.stage = "chains"
         run.checkpoint()
     else:
-        run.account = Account(**tree["account"])
+        steps = chains.burn_in.steps + chains.thinning.steps
+        run.account = dataclasses.replace(Account(**tree["account"]), steps=steps)
         run.state.load_state_dict(tree["state"])
+        tree = run.resumed = None  # else the whole state is held a second time
     reduced = config.sampler.variance_reduction
     for line in account_lines(run.account, config.sampler.bias, not reduced):
         say(line)

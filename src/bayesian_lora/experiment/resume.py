@@ -18,6 +18,7 @@ from bayesian_lora.run_folder import BEGINNING, RunFolder, versions
 from bayesian_lora.utils.checkpoint import Damaged, read_checkpoint
 from bayesian_lora.utils.files import read_json
 
+FORMAT = 1
 ELSEWHERE = "keep both with output.dir=<new folder>, or replace it with output.overwrite=true"
 
 
@@ -43,8 +44,10 @@ def find_earlier(config: Config, resume: bool = True) -> bool:
     old, new = settings_of(theirs), settings_of(config)
     longer = new["sampler.num_samples"] > old["sampler.num_samples"]
     if longer:
+        _check_extension(root, config)
         old["sampler.num_samples"] = new["sampler.num_samples"]
-    old["data.dir"] = new["data.dir"]
+    for key in ("data.dir", "sampler.on_nonfinite"):  # of which nothing so far depends
+        old[key] = new[key]
     if found := differences(old, new):
         raise InputError(
             f"output.dir={str(root)!r} holds a run ({status}) of another config "
@@ -57,6 +60,16 @@ def find_earlier(config: Config, resume: bool = True) -> bool:
             f"{ELSEWHERE}"
         )
     return True
+
+
+def _check_extension(root: Path, config: Config) -> None:
+    """Raises InputError where a longer run would have had another step size from the start."""
+    if config.sampler.step_size == "auto" and config.sampler.variance_reduction:
+        raise InputError(
+            f"sampler.num_samples={config.sampler.num_samples}: with variance_reduction, "
+            "step_size=auto is chosen for the run's length, so a longer run is another one; begin "
+            f"it with output.dir=<new folder> train.starts_from={root}"
+        )
 
 
 def load_own_config(root: Path) -> Config:
@@ -95,7 +108,7 @@ def read_state(root: Path) -> tuple[dict[str, Any] | None, str | None]:
         raise _nothing_to_go_on_from(root, "its checkpoint is gone") from error
     except Damaged as error:
         raise _nothing_to_go_on_from(root, str(error)) from error
-    return tree, trouble and f"{trouble}; going on from the one before it"
+    return tree, None if trouble is None else f"{trouble}; going on from the one before it"
 
 
 def _nothing_to_go_on_from(root: Path, why: str) -> InputError:
@@ -111,6 +124,8 @@ def check_own(root: Path, tree: dict[str, Any], config: Config) -> None:
     Raises:
         InputError: it is not.
     """
+    if tree.get("format") != FORMAT:
+        raise _nothing_to_go_on_from(root, "its checkpoint is another version's")
     if tree["settings"] != identity(config):
         raise _nothing_to_go_on_from(root, f"{root / 'checkpoint'} is another run's")
     packs = PackReader(root)
@@ -141,10 +156,10 @@ def check_same_inputs(root: Path, setup: Setup) -> list[str]:
             )
     here = run_facts(setup) | {"versions": versions()}
     odd = [name for name in ("device", "threads", "versions") if run.get(name) != here[name]]
+    if not odd:
+        return []
     told = ", ".join(f"{name} {run.get(name)} there, {here[name]} here" for name in odd)
-    return [f"{told}: samples may differ in their last bits from an uninterrupted run's"] * bool(
-        odd
-    )
+    return [f"{told}: samples may differ in their last bits from an uninterrupted run's"]
 
 
 def how_to_go_on(root: Path) -> str | None:
@@ -173,11 +188,17 @@ class Stop:
 
     @contextmanager
     def installed(self) -> Iterator["Stop"]:
-        """The handlers, for the block; only in the main thread, where Python delivers signals."""
+        """The handlers, for the block; only in the main thread, where Python delivers signals.
+
+        What the process was started to ignore (SIGINT in a shell's background) stays ignored.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        old = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM)}
+        heard = [
+            n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN
+        ]
+        old = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield self
         finally:

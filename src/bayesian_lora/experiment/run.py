@@ -12,11 +12,18 @@ from typing import Any
 import numpy as np
 
 from bayesian_lora.account import Account
-from bayesian_lora.config import dump_run_config
+from bayesian_lora.config import dump_run_config, load_run_config
+from bayesian_lora.config_checks import least_chains
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.experiment.cells import identity
 from bayesian_lora.experiment.provenance import mean_t_eff, provenance
-from bayesian_lora.experiment.resume import Stop, check_own, check_same_inputs, read_state
+from bayesian_lora.experiment.resume import (
+    FORMAT,
+    Stop,
+    check_own,
+    check_same_inputs,
+    read_state,
+)
 from bayesian_lora.experiment.setup import Prior, Setup, run_facts
 from bayesian_lora.experiment.step_log import StepLogger
 from bayesian_lora.manifest import write_manifest
@@ -26,7 +33,7 @@ from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.samplers.failures import Diverged, require_finite
 from bayesian_lora.sampling import RunState
-from bayesian_lora.utils.checkpoint import write_checkpoint
+from bayesian_lora.utils.checkpoint import drop_newest, write_checkpoint
 from bayesian_lora.utils.files import write_atomic
 from bayesian_lora.utils.lora_params import split
 from bayesian_lora.warm_start import StepReport
@@ -69,6 +76,7 @@ class Run:
         self.before_collection: int | None = None
         self.stage = "map"
         self._saved = time.monotonic()
+        self._timing: tuple[str, float] | None = None
 
     def open(self, go_on: bool) -> None:
         """Begin in a fresh folder, or go on from the folder's checkpoint."""
@@ -81,9 +89,13 @@ class Run:
         for warning in [*check_same_inputs(root, self.setup), *([trouble] if trouble else [])]:
             self.progress.say(f"Warning: {warning}")
         check_own(root, tree, self.config)
+        # Its starts are made: another folder named now is not where they come from.
+        self.config.train.starts_from = load_run_config(root).train.starts_from
         self.folder.verify(tree["folder"])
         self.writer.load_state_dict(tree["writer"])
         self.folder.reopen(tree["folder"])
+        if trouble:
+            drop_newest(root / "checkpoint")
         write_atomic(root / "config.yaml", dump_run_config(self.config))
         self.opened, self.resumed, self.stage = True, tree, tree["stage"]
         self.setup.prior, self.prior_search = Prior(**tree["prior"]), tree["prior_search"]
@@ -107,8 +119,10 @@ class Run:
 
     def checkpoint(self) -> None:
         """All that the next step depends on, and where the appended files stand."""
+        self._tick()
         account = self.account
         tree = {
+            "format": FORMAT,
             "stage": self.stage,
             "settings": identity(self.config),
             "state": self.state.state_dict(),
@@ -151,12 +165,15 @@ class Run:
         kept = [m for m in range(self.setup.model.num_chains) if m not in error.chains]
         numbers = [self.alive[m] for m in error.chains]
         told = Diverged(error.what, numbers)
-        if self.config.sampler.on_nonfinite == "stop" or not kept:
+        sampler = self.config.sampler
+        if sampler.on_nonfinite == "stop" or len(kept) < least_chains(sampler):
             raise told from error
         self.write_traces()
         where = {"phase": self.logger.phase, "after_step": self.logger.last, "reason": error.what}
         self.dropped += [{"chain": number, **where} for number in numbers]
         self._keep(kept)
+        if self.stage == "chains":
+            self.write_manifest()
         self.progress.say(f"Warning: {told} in {self.logger.place()}: dropped, its samples too")
         return kept
 
@@ -168,15 +185,26 @@ class Run:
             yield
         finally:
             self.stop.stepping = False
+        if self.stop.requested is not None:  # after the last step of all
+            self.checkpoint()
+        self.stop.raise_if_requested()
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """The block's wall time added to `seconds`, however it ends."""
-        before, began = self.seconds[name], time.monotonic()
+        self._timing = name, time.monotonic()
         try:
             yield
         finally:
-            self.seconds[name] = before + time.monotonic() - began
+            self._tick()
+            self._timing = None
+
+    def _tick(self) -> None:
+        """Count the time since the last tick, so that a checkpoint holds it."""
+        if self._timing is not None:
+            name, since = self._timing
+            self._timing = name, time.monotonic()
+            self.seconds[name] += self._timing[1] - since
 
     def keep_draw(self, draw: int) -> None:
         """Store the chains as they stand as members; `draw` is their time index."""
@@ -213,6 +241,11 @@ class Run:
             for member, number, std in zip(members, self.alive, values, strict=False)
         ]
 
+    @property
+    def records(self) -> list[MemberRecord]:
+        """Of the members so far, without the chains that were dropped."""
+        return [record for record in self.writer.records if record.chain in self.alive]
+
     def save(self) -> None:
         """Members of an unfinished pack, traces, manifest."""
         self.writer.flush()
@@ -235,8 +268,7 @@ class Run:
     def write_manifest(self) -> None:
         """`ensemble.json` as things stand, without the chains that were dropped."""
         head = provenance(self.setup, self.state.chains, self.dropped)
-        records = [r for r in self.writer.records if r.chain in self.alive]
-        write_manifest(self.folder.root, head, records, self.start_records)
+        write_manifest(self.folder.root, head, self.records, self.start_records)
 
     def facts(self) -> dict[str, Any]:
         """For `run.json`: costs, heat, members, what went wrong."""
@@ -250,7 +282,7 @@ class Run:
             "account": None if self.account is None else self.account.facts(),
             "prior_search": self.prior_search,
             "t_eff": None if chains is None else mean_t_eff(chains),
-            "members": len(self.writer.records),
+            "members": len(self.records),
             "dropped_chains": self.dropped,
             "departures": self.departures if watched else None,
         }

@@ -15,6 +15,7 @@ from bayesian_lora.experiment.starts import check_starts, find_starts
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.samplers.failures import Diverged
+from bayesian_lora.utils.checkpoint import has_checkpoint
 from bayesian_lora.utils.lock import locked
 
 
@@ -36,8 +37,8 @@ def train(config: Config, progress: Progress | None = None, resume: bool = True)
     progress = progress or Progress()
     assert config.output.dir is not None
     folder = RunFolder(config.output.dir)
-    find_earlier(config, resume)
-    starts = find_starts(config)
+    begun = find_earlier(config, resume) and has_checkpoint(folder.root / "checkpoint")
+    starts = None if begun else find_starts(config)  # a run that goes on has its own
     setup = prepare(config, progress)
     if starts is not None:
         check_starts(setup, *starts)
@@ -64,7 +65,7 @@ def _recorded(run: Run) -> Iterator[None]:
     except Diverged as error:
         _close(run, f"{error} in {run.logger.place()}")
         raise InputError(
-            f"{error} in {run.logger.place()}: stopped, {len(run.writer.records)} samples kept in "
+            f"{error} in {run.logger.place()}: stopped, {len(run.records)} samples kept in "
             f"{root}; lower sampler.step_size or train.lr, or set sampler.on_nonfinite=drop to go "
             "on without the chain"
         ) from error
@@ -72,6 +73,8 @@ def _recorded(run: Run) -> Iterator[None]:
         if not run.opened:
             raise
         _close(run, str(error))
+        if run.stage == "map":
+            raise
         raise InputError(
             f"{error} (the warm starts are kept: train.starts_from={root} "
             "output.dir=<new folder> spares fitting them again)"
@@ -92,4 +95,3 @@ def _close(run: Run, reason: str) -> None:
             run.save()
     with suppress(OSError):
         run.folder.finish("stopped", reason=reason, **run.facts())
-    run.progress.end()

@@ -94,6 +94,8 @@ class SAMSGLDRank1(SAMSGLD):
         return torch.zeros_like(g)
 
     def keep_chains(self, kept: Sequence[int]) -> None:
+        if self.u_mode == "cross_chain" and len(kept) < 2:
+            raise ValueError("u_mode=cross_chain takes u from another chain: needs two chains")
         super().keep_chains(kept)
         self._u = None if self._u is None else self._u[list(kept)]
 

@@ -37,6 +37,16 @@ def write_checkpoint(folder: Path, tree: Any) -> None:
     write_atomic(newest, content)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one, whole or not."""
+    return any((folder / name).is_file() for name in (NEWEST, PREVIOUS))
+
+
+def drop_newest(folder: Path) -> None:
+    """Remove a newest generation that is damaged: the next one must not move it over the whole."""
+    (folder / NEWEST).unlink(missing_ok=True)
+
+
 def read_checkpoint(folder: Path) -> tuple[Any, str | None]:
     """The newest whole generation, and what was wrong with a newer one, if anything.
 

@@ -3,6 +3,7 @@
 JSON objects carry a checksum of themselves, so that a flipped bit is not taken for a figure.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -49,6 +50,9 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
     finally:
         os.close(handle)
 

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +36,8 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
+            if fcntl is None:  # there, an open file cannot be removed
+                file.close()
             path.unlink(missing_ok=True)
 
 
@@ -51,7 +53,7 @@ def _held(path: Path) -> IO[str]:
             return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             with file:
                 file.seek(0)
                 holder = file.read().strip()
@@ -59,6 +61,7 @@ def _held(path: Path) -> IO[str]:
                 f"{path.parent}: another process writes this run ({holder}); wait for it, stop "
                 "it, or name another folder with output.dir=…"
             ) from error
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            return file
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
         file.close()
