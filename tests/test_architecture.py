@@ -35,7 +35,11 @@ ROWS: dict[float, tuple[str, ...]] = {
         "config",
     ),
     1: (
+        "models.first_order",
         "models.flat",
+        "models.chain_dropout",
+        "models.frozen_linear",
+        "models.group_attention",
         "models.flat_attention",
         "models.lora_update",
         "models.chain_lora",

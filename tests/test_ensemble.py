@@ -110,8 +110,29 @@ def test_a_tolerance_leaves_members_out(ensemble: Ensemble) -> None:
     assert 0 < np.abs(near.probs - whole.probs).max() < 0.2
     same_again = ensemble.predict_set(model, data, tolerance=1e-9)
     np.testing.assert_allclose(same_again.probs, whole.probs, atol=1e-6)
-    with pytest.raises(InputError, match="tolerance=2"):
-        ensemble.predict_set(model, data, tolerance=2)
+    texts = generate("validation").texts[0]
+    by_texts = ensemble.predict(texts, tolerance=0.2)
+    np.testing.assert_array_equal(by_texts.members_used, near.members_used)
+    np.testing.assert_allclose(by_texts.probs, near.probs, atol=1e-6)
+    assert ensemble.predict(texts[:3]).members_used is None
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 1.0, -1.0, float("nan"), 2])
+def test_a_wrong_tolerance_is_refused_before_the_model_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    monkeypatch.setattr("bayesian_lora.ensemble.load_model", pytest.fail)
+    with pytest.raises(InputError, match=f"tolerance={tolerance}: .* between 0 and 1"):
+        Ensemble.load(run).predict(["the food was good"], tolerance=tolerance)
+
+
+def test_a_tolerance_needs_classes_and_members_to_leave_out(ensemble: Ensemble) -> None:
+    with pytest.raises(InputError, match="with 4 members none can be left out"):
+        ensemble.subset(4).predict(["a film"], tolerance=0.01)
+    records = [dataclasses.replace(record, noise_std=0.5) for record in ensemble.records]
+    scores = Ensemble(ensemble.provenance, records, ensemble.members)
+    with pytest.raises(InputError, match="a regression has no probabilities"):
+        scores.predict(["a film"], tolerance=0.01)
 
 
 def test_pairs_of_texts_go_through_the_pair_encoding(ensemble: Ensemble) -> None:

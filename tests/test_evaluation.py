@@ -139,6 +139,23 @@ def test_uncertainty_splits_into_expected_entropy_and_disagreement() -> None:
     assert set(for_scores.values()) == {None}
 
 
+def test_what_needs_every_member_is_null_where_some_were_left_out() -> None:
+    whole, part = predictions(), predictions(members_used=np.full(N, K - 1))
+    found = evaluation.uncertainty(False, part)
+    assert found["predictive_entropy"] == evaluation.uncertainty(False, whole)["predictive_entropy"]
+    for name in ("expected_entropy", "mutual_information"):
+        assert found[name] is None
+        assert found[f"{name}_reason"] == evaluation.LEFT_OUT
+    single = evaluation.single_members(("accuracy", "mcc"), False, part)
+    assert single.keys() == evaluation.evaluate(("accuracy", "mcc"), False, whole).keys()
+    assert single["mcc"] == {"mean": None, "sd": None, "reason": evaluation.LEFT_OUT}
+    # Where every input got all of them nothing is missing.
+    for given in (whole, predictions(members_used=np.full(N, K))):
+        assert evaluation.uncertainty(False, given)["mutual_information"] > 0
+        rows = evaluation.evaluate_members((), False, whole)
+        assert evaluation.single_members((), False, given) == evaluation.mean_and_sd(rows)
+
+
 def test_truth_is_beaten_by_nothing() -> None:
     rng = np.random.default_rng(2)
     law = rng.dirichlet([1.0, 1.0], size=N)

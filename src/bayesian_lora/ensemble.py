@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesian_lora.adaptive import adaptive_logits
+from bayesian_lora.adaptive import adaptive_logits, check_tolerance
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import unlabelled
 from bayesian_lora.errors import InputError
@@ -79,6 +79,11 @@ class Ensemble:
         values = [record.noise_std for record in self.records]
         return None if None in values else np.array(values, dtype=np.float64)
 
+    @property
+    def chains(self) -> np.ndarray:
+        """(K,) the number of each member's chain."""
+        return np.array([record.chain for record in self.records])
+
     def state(self) -> dict[str, Tensor]:
         """The members stacked, tensors (K, …)."""
         return stack(self.members)
@@ -118,17 +123,41 @@ class Ensemble:
         """One member as a PEFT folder (also from packed files)."""
         write_member(Path(folder), self.members[index], adapter_config(self.provenance.spec))
 
-    def predict(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> Predictions:
+    def check_tolerance(self, tolerance: float | None) -> None:
+        """Whether these members can predict with this `tolerance`; None always.
+
+        Raises:
+            InputError: as `adaptive.check_tolerance`, or a regression, which has no probabilities.
+        """
+        if tolerance is None:
+            return
+        if self.noise_std is not None:
+            raise InputError(
+                f"tolerance={tolerance}: a regression has no probabilities; leave it out"
+            )
+        check_tolerance(tolerance, self.chains)
+
+    def predict(
+        self,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        *,
+        tolerance: float | None = None,
+    ) -> Predictions:
         """Logits of all members on raw texts or pairs of texts; labels are −1 (unknown).
+
+        With a `tolerance`, such as 0.01, a text gets no more members once its probabilities have
+        settled to within it: quicker, and as near as `adaptive` says. `.probs` is then what to
+        read, `.members_used` how many members each text got.
 
         Raises:
             InputError: no texts or something else among them, or the base model is not to be had or
-                not the one sampled on.
+                not the one sampled on, or as `check_tolerance`.
         """
+        self.check_tolerance(tolerance)
         examples = unlabelled(texts)
         model, tokenizer = self._loaded()
         data = TokenisedSet(examples, tokenizer, self.provenance.model["max_length"])
-        return self.predict_set(model, data)
+        return self.predict_set(model, data, tolerance)
 
     def predict_set(
         self, model: HuggingFaceLora, data: TokenisedSet, tolerance: float | None = None
@@ -139,8 +168,9 @@ class Ensemble:
         to within it (`adaptive_logits`); `.members_used` says how many it got.
 
         Raises:
-            InputError: the members do not fit the model, or a tolerance outside (0, 1).
+            InputError: the members do not fit the model, or as `check_tolerance`.
         """
+        self.check_tolerance(tolerance)
         try:
             model.load_chains(self.state())
         except ValueError as error:
@@ -148,7 +178,7 @@ class Ensemble:
         if tolerance is None:
             logits, used = predict_logits(model, data), None
         else:
-            logits, used = adaptive_logits(model, data, self.weights, tolerance)
+            logits, used = adaptive_logits(model, data, self.weights, self.chains, tolerance)
         return Predictions(
             logits,
             data.examples.labels,

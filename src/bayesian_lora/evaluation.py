@@ -36,6 +36,25 @@ def evaluate_members(own: Sequence[str], regression: bool, p: Predictions) -> li
     return [evaluate(own, regression, member(p, k)) for k in range(p.num_members)]
 
 
+LEFT_OUT = (
+    "members were left out of inputs that had settled (tolerance), and the mean stands in their "
+    "place: evaluate without a tolerance"
+)
+
+
+def left_out(p: Predictions) -> bool:
+    """Whether adaptive prediction left members out, so that no member is known on every input."""
+    return p.members_used is not None and bool((p.members_used < p.num_members).any())
+
+
+def single_members(own: Sequence[str], regression: bool, p: Predictions) -> Figures:
+    """{figure: {"mean", "sd"}} over the members alone; null with the reason if some are unknown."""
+    if not left_out(p):
+        return mean_and_sd(evaluate_members(own, regression, p))
+    names = [n for n in evaluate(own, regression, p) if not n.endswith("_reason")]
+    return {name: {"mean": None, "sd": None, "reason": LEFT_OUT} for name in names}
+
+
 def member(p: Predictions, k: int) -> Predictions:
     """Member k as an ensemble of one."""
     noise = None if p.noise_std is None else p.noise_std[k : k + 1]
@@ -91,11 +110,18 @@ def temperature_scaled(
 
 
 def uncertainty(regression: bool, p: Predictions) -> Figures:
-    """Mean predictive entropy, expected entropy, mutual information (nats)."""
+    """Mean predictive entropy, expected entropy, mutual information (nats).
+
+    The last two need every member on every input: null with the reason where some were left out.
+    """
     if regression:
         names = ("predictive_entropy", "expected_entropy", "mutual_information")
         return {**dict.fromkeys(names), "reason": "defined here for classification only"}
-    return metrics.uncertainty(p.logits, p.weights)
+    figures: Figures = dict(metrics.uncertainty(p.logits, p.weights))
+    if left_out(p):
+        for name in ("expected_entropy", "mutual_information"):
+            figures |= {name: None, f"{name}_reason": LEFT_OUT}
+    return figures
 
 
 def against_truth(p: Predictions) -> Figures:

@@ -69,10 +69,10 @@ def predict_logits(
     """
     budget = tokens_per_pass or default_budget(model)
     one_by_one = merging_pays(model, data)
-    budget = budget if one_by_one else max(1, budget // model.num_chains)
     parts: list[np.ndarray] = []
     rows: list[np.ndarray] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), model.turn:
+        budget = budget if one_by_one else max(1, budget // model.num_chains)
         for index in data.by_length(budget):
             batch = data.batch(index)
             parts.append(_each_member(model, batch) if one_by_one else _logits(model, batch))

@@ -60,6 +60,8 @@ def closing_lines(m: Figures) -> list[str]:
             f"Predictive entropy {uncertainty['predictive_entropy']:.4f}, of which mutual "
             f"information {_number(uncertainty['mutual_information'])} nats"
         )
+    if adaptive := m.get("adaptive"):
+        lines += _adaptive_lines(adaptive, m["ensemble"]["k"], uncertainty)
     d = m["diagnostics"]
     lines += [
         f"Effective temperature along the stiffest direction: {_number(d['t_eff'])} with minibatch "
@@ -67,6 +69,17 @@ def closing_lines(m: Figures) -> list[str]:
         f"Chains: {d['verdict']}: {d['reason']}" if d.get("reason") else f"Chains: {d['verdict']}",
     ]
     return [*lines, *_trouble(d)]
+
+
+def _adaptive_lines(adaptive: Figures, k: int, uncertainty: Figures) -> list[str]:
+    """What adaptive prediction saved, and why some figures are not there."""
+    lines = [
+        f"Members used: {adaptive['members_used']:.1f} of {k} an input on average (tolerance "
+        f"{adaptive['tolerance']:g}); nothing is stored"
+    ]
+    if reason := uncertainty.get("mutual_information_reason"):
+        lines.append(f"Single samples and mutual information are not available: {reason}")
+    return lines
 
 
 def _trouble(d: Figures) -> list[str]:

@@ -4,6 +4,7 @@ Shapes: M chains, K members, N examples.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +14,19 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from bayesian_lora.adaptive import FEWEST
 from bayesian_lora.cli.main import main
 from bayesian_lora.data.examples import split_off, stratified_subset
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.ensemble import map_ensemble
+from bayesian_lora.evaluation import LEFT_OUT
 from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import read_json, write_json
 
 K = 6
+WRONG = ("0.0", "1.0", "-1.0", "nan", "inf")
 SMALL = """\
 data: {{name: synthetic, train_examples: 40, batch_size: 8, max_length: 48}}
 model: {{name: {model}, lora: {{rank: 2, alpha: 4.0}}}}
@@ -143,6 +147,43 @@ def test_k_of_all_is_all(run: Path, evaluate: Evaluate) -> None:
     assert (run / "metrics.json").is_file()
 
 
+@pytest.mark.parametrize("flags", [[], ["--k", "5"], ["--split", "shifted"]])
+def test_a_tolerance_leaves_members_out_and_nothing_is_stored(
+    run: Path, evaluate: Evaluate, flags: list[str]
+) -> None:
+    before = snapshot(run)
+    code, out, err = evaluate(run, *flags, "--tolerance", "0.3")
+    assert (code, err) == (0, "")
+    assert snapshot(run) == before
+    k = 5 if "--k" in flags else K
+    used = re.search(rf"Members used: (\S+) of {k} an input on average \(tolerance 0.3\)", out)
+    assert used is not None
+    assert FEWEST <= float(used[1]) < k
+    assert f"LoRA Ensemble@{k} — Acc: " in out
+    assert re.search(r"^single sample \(mean\) +n/a +n/a", out, re.MULTILINE)
+    assert "mutual information n/a" in out
+    assert f"not available: {LEFT_OUT}" in out
+
+
+def test_figures_under_a_tolerance(run: Path) -> None:
+    quiet = Progress(quiet=True)
+    whole = evaluate_run(run, progress=quiet)
+    near = evaluate_run(run, tolerance=0.05, progress=quiet)
+    assert "adaptive" not in whole
+    assert near["adaptive"]["tolerance"] == 0.05
+    assert near["adaptive"]["members_used"] < K
+    assert near["ensemble"]["nll"] == pytest.approx(whole["ensemble"]["nll"], abs=0.05)
+    assert near["ensemble"]["nll"] != whole["ensemble"]["nll"]
+    assert_same_figures(near["map"], whole["map"])
+    # So near that none was left out: nothing is missing, and nothing stored all the same.
+    before = snapshot(run)
+    same = evaluate_run(run, tolerance=1e-9, progress=quiet)
+    assert snapshot(run) == before
+    assert same["adaptive"]["members_used"] == K
+    assert_same_figures(same["uncertainty"], whole["uncertainty"])
+    assert_same_figures(same["single"], whole["single"])
+
+
 def test_another_split_has_files_of_its_own(run: Path, evaluate: Evaluate) -> None:
     before = snapshot(run)
     code, out, _ = evaluate(run, "--split", "shifted")
@@ -207,11 +248,20 @@ def refused(evaluate: Evaluate, run: Path, *arguments: str) -> str:
         (["--split", "test"], ["'test'", "train, validation, shifted"]),
         (["sampler.thinn=2"], ["thinn"]),
         (["device=tpu"], ["'tpu'", "auto, cpu"]),
+        *[(["--tolerance", x], [f"tolerance={x}", "between 0 and 1"]) for x in WRONG],
+        (["--k", "4", "--tolerance", "0.01"], ["with 4 members", "none can be left out"]),
+        (["--single", "--tolerance", "0.01"], ["with 1 members", "none can be left out"]),
     ],
 )
 def test_wrong_arguments(
-    run: Path, evaluate: Evaluate, arguments: list[str], parts: list[str]
+    run: Path,
+    evaluate: Evaluate,
+    arguments: list[str],
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "--tolerance" in arguments:  # found out before any long work
+        monkeypatch.setattr("bayesian_lora.experiment.evaluate.load_model", pytest.fail)
     message = refused(evaluate, run, str(run), *arguments)
     for part in parts:
         assert part in message

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesian_lora.models.chain_lora import ChainDropout, ChainLinear, ChainLora, ChainModel
+from bayesian_lora.models.chain_dropout import ChainDropout
+from bayesian_lora.models.chain_lora import ChainLinear, ChainLora, ChainModel
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.utils.rng import chain_generators
 
@@ -246,13 +247,19 @@ def test_dropout_keeps_the_mean_and_drops_its_share() -> None:
     assert dropout(x, rows) is x
 
 
+def tokens_of(lengths: list[list[int]]) -> np.ndarray:
+    """(M, B, L): where a batch padded to its longest text has tokens."""
+    own = np.array(lengths)
+    return np.arange(own.max()) < own[..., None]
+
+
 @pytest.mark.parametrize("lengths", [[[5, 8, 2], [8, 8, 8]], [[1, 1, 1], [8, 1, 1]]])
 def test_a_chain_draws_for_its_own_tokens_only(lengths: list[list[int]]) -> None:
     """So padding on the right, which other chains' texts decide on, changes no draw."""
     x = torch.ones(2 * 3 * 8, 4)
     dropout = ChainDropout(0.5)
     dropout.generators = chain_generators(0, range(2), "dropout")
-    dropout.lengths = np.array(lengths)
+    dropout.present = tokens_of(lengths)
     first = dropout(x, [24, 24])
     alone = ChainDropout(0.5)
     alone.generators = chain_generators(0, [0], "dropout")
@@ -267,6 +274,6 @@ def test_a_chain_draws_for_its_own_tokens_only(lengths: list[list[int]]) -> None
 def test_dropout_of_a_layer_without_tokens_draws_for_every_row() -> None:
     dropout = ChainDropout(0.5)
     dropout.generators = chain_generators(0, range(2), "dropout")
-    dropout.lengths = np.array([[3, 1], [2, 2]])
+    dropout.present = tokens_of([[3, 1], [2, 2]])
     out = dropout(torch.ones(4, 50), [2, 2])
     assert (out == 2).any(1).all()

@@ -30,6 +30,7 @@ Overrides = Annotated[
 ]
 FREE_IN_EVAL = ("data.dir", "device", "output.dir", "output.overwrite")
 KHelp = "Evaluate the first K samples (spread evenly over chains)."
+ToleranceHelp = "Stop adding samples to inputs whose probabilities have settled to within this."
 
 
 @app.callback(invoke_without_command=True)
@@ -83,7 +84,8 @@ def train(
     epilog="Examples:\n\n"
     "bayesian-lora eval runs/demo\n\n"
     "bayesian-lora eval runs/demo --split shifted\n\n"
-    "bayesian-lora eval configs/experiment_sst2_bert_sgld.yaml --k 10",
+    "bayesian-lora eval configs/experiment_sst2_bert_sgld.yaml --k 10\n\n"
+    "bayesian-lora eval runs/demo --tolerance 0.01",
 )
 def evaluate(
     run: Annotated[
@@ -93,15 +95,26 @@ def evaluate(
     k: Annotated[int | None, typer.Option("--k", min=1, help=KHelp)] = None,
     single: Annotated[bool, typer.Option("--single", help="The latest sample alone.")] = False,
     split: Annotated[str | None, typer.Option(help="A split of the task by name.")] = None,
+    tolerance: Annotated[float | None, typer.Option(metavar="P", help=ToleranceHelp)] = None,
 ) -> None:
-    """Evaluate a run's ensemble on a split; all samples by default."""
+    """Evaluate a run's ensemble on a split; all samples by default.
+
+    What --k, --single or --tolerance show is stored nowhere.
+    """
     if single and k is not None:
         raise InputError(f"--k {k} and --single exclude each other: give one of them")
     root, data_dir, device = _locate(run, overrides or ())
     from bayesian_lora.experiment.evaluate import evaluate_run
 
     members = "latest" if single else (k if k is not None else "all")
-    evaluate_run(root, split=split, members=members, data_dir=data_dir, device=device)
+    evaluate_run(
+        root,
+        split=split,
+        members=members,
+        tolerance=tolerance,
+        data_dir=data_dir,
+        device=device,
+    )
 
 
 @app.command(epilog="Example:\n\nbayesian-lora doctor")

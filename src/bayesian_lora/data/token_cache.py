@@ -26,8 +26,12 @@ def default_folder() -> Path | None:
         return Path(given).expanduser() if given else None
     root = os.environ.get("XDG_CACHE_HOME")
     # The standard bids to ignore a relative path.
-    base = Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache"
-    return base / "bayesian-lora"
+    if root and Path(root).is_absolute():
+        return Path(root) / "bayesian-lora"
+    try:
+        return Path.home() / ".cache" / "bayesian-lora"
+    except RuntimeError:  # a user without a home, as in containers
+        return None
 
 
 def cache_key(texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> str | None:
@@ -39,8 +43,10 @@ def cache_key(texts: Sequence[list[str]], tokenizer: Any, max_length: int) -> st
 
     backend.no_truncation()  # left from the last call, and set anew in the next
     backend.no_padding()
-    sides = [getattr(tokenizer, name, None) for name in ("truncation_side", "model_input_names")]
-    kind = [FORMAT, tokenizers.__version__, type(tokenizer).__name__, sides, max_length]
+    # What acts beside the backend, or is no part of its text.
+    names = ("truncation_side", "model_input_names", "split_special_tokens")
+    own = [getattr(tokenizer, name, None) for name in names]
+    kind = [FORMAT, tokenizers.__version__, type(tokenizer).__name__, own, max_length]
     digest = hashlib.sha256(repr(kind).encode())
     digest.update(backend.to_str().encode(errors="surrogatepass"))
     for column in texts:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bayesian_lora import diagnostics, evaluation, summary
+from bayesian_lora import evaluation, summary
 from bayesian_lora.config import Config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
@@ -48,6 +48,7 @@ def evaluate_run(
     *,
     split: str | None = None,
     members: Members = "all",
+    tolerance: float | None = None,
     data_dir: str | None = None,
     device: str | None = None,
     progress: Progress | None = None,
@@ -59,15 +60,17 @@ def evaluate_run(
         root: the run's folder.
         split: of the task; None is the default one.
         members: ``all``, ``latest``, or the first k.
+        tolerance: on probabilities, of adaptive prediction (`Ensemble.predict`); None is off.
         data_dir, device: in place of the run's own.
         setup: of the run that has just been made, to spare loading it again.
 
     Returns:
-        The contents of `metrics.json`. Predictions and metrics are stored for all members only,
-        so that a partial look never replaces the run's figures.
+        The contents of `metrics.json`. Predictions and metrics are stored for all members on all
+        inputs only, so that a partial look never replaces the run's figures.
 
     Raises:
-        InputError: no run there, unknown split, k out of range, damaged members or data.
+        InputError: no run there, unknown split, k or tolerance out of range, damaged members or
+            data.
     """
     began = time.monotonic()
     progress = progress or Progress()
@@ -76,16 +79,16 @@ def evaluate_run(
     config.device = device or config.device
     full = Ensemble.load(root)
     chosen = _choose(full, members)
+    chosen.check_tolerance(tolerance)
     task = task_of(config)
     split = split or task.default_split
     progress.say(f"\nFound {len(full)} LoRA samples in {root}")
     data, held_out, model = _inputs(config, full, split, setup, progress)
     progress.say(f"Evaluating ensemble of {len(chosen)} LoRA samples on {split}...")
-    predictions = chosen.predict_set(model, data)
+    predictions = chosen.predict_set(model, data, tolerance)
     starts = map_ensemble(root)
     map_predictions = starts.predict_set(model, data)
     held = None if held_out is None else starts.predict_set(model, held_out)
-    norms = chain_norm(chosen.state()).numpy()
     regression = task.likelihood == "gaussian"
     figures = {
         "task": task.name,
@@ -95,13 +98,14 @@ def evaluate_run(
         "uncertainty": evaluation.uncertainty(regression, predictions),
         **evaluation.against_truth(predictions),
         "diagnostics": run_diagnostics(root, full.provenance.sampler.get("dropped_chains") or []),
-        "parameters": evaluation.parameter_statistics(norms),
+        "parameters": evaluation.parameter_statistics(chain_norm(chosen.state()).numpy()),
         "cost": _cost(root, time.monotonic() - began),
         "own_metrics": list(task.metrics),
         "sample_range": _sample_range(full, chosen),
+        **_adaptive(tolerance, predictions),
         **_stated(full.provenance.sampler),
     }
-    if len(chosen) == len(full):
+    if len(chosen) == len(full) and tolerance is None:
         store = partial(_store, root, split, task.default_split, predictions, figures)
         _store_alone(root, store, progress) if setup is None else store()
     for line in _lines(figures, full):
@@ -164,20 +168,28 @@ def _compare(
     held: Predictions | None,
 ) -> Figures:
     map_rows = evaluation.evaluate_members(own, regression, starts)
-    rows = evaluation.evaluate_members(own, regression, predictions)
     scaled = evaluation.temperature_scaled(own, regression, starts, held)
     ensemble = evaluation.evaluate(own, regression, predictions)
     return {
         "map": evaluation.mean_and_sd(map_rows),
         "map_ensemble": evaluation.evaluate(own, regression, starts),
         "map_temperature_scaled": scaled,
-        "single": evaluation.mean_and_sd(rows),
+        "single": evaluation.single_members(own, regression, predictions),
         "ensemble": {**ensemble, "k": predictions.num_members},
     }
 
 
+def _adaptive(tolerance: float | None, p: Predictions) -> Figures:
+    """What adaptive prediction was asked for, and the members an input was given on average."""
+    if p.members_used is None:
+        return {}
+    return {"adaptive": {"tolerance": tolerance, "members_used": float(p.members_used.mean())}}
+
+
 def run_diagnostics(root: Path, dropped: list[Figures]) -> Figures:
     """R-hat, ESS and the verdict from the traces of the chains not dropped; T_eff of `run.json`."""
+    from bayesian_lora import diagnostics  # with SciPy's statistics, which are felt
+
     run = read_json(root / "run.json", "run")
     lost = [drop["chain"] for drop in dropped]
     rows, starts = (

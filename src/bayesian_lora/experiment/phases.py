@@ -6,7 +6,8 @@ Each goes on from where a run's checkpoint stands.
 import dataclasses
 
 from bayesian_lora.account import Account, account_lines
-from bayesian_lora.data.batching import BatchOrder
+from bayesian_lora.data.batching import BatchOrder, TokenisedSet
+from bayesian_lora.data.preparation import fixed_part
 from bayesian_lora.experiment.priors import prior_lines, search_lines, search_prior
 from bayesian_lora.experiment.provenance import tempering
 from bayesian_lora.experiment.run import Run
@@ -15,6 +16,9 @@ from bayesian_lora.experiment.setup import Prior
 from bayesian_lora.experiment.starts import place_starts
 from bayesian_lora.sampling import spread_start
 from bayesian_lora.warm_start import EpochReport, WarmStart
+
+INITIAL_SIZE = 32
+"""Examples of the initial evaluation."""
 
 
 def warm_start(run: Run) -> None:
@@ -149,11 +153,15 @@ def _say_notes(run: Run) -> None:
 
 
 def _say_initial(run: Run) -> None:
-    held_out = run.setup.validation or run.setup.evaluation
-    loss, accuracy = run.setup.objective.score(held_out)
+    """Of chains not fitted yet, on part of what is held out: the first step waits for it."""
+    config, setup = run.config, run.setup
+    held_out = setup.raw.evaluation if setup.raw.validation is None else setup.raw.validation
+    part = fixed_part(held_out, INITIAL_SIZE, config.seed)
+    data = TokenisedSet(part, setup.tokenizer, config.data.max_length)
+    loss, accuracy = setup.objective.score(data)
     run.progress.say("Initial evaluation:")
     known = "" if accuracy is None else f", accuracy: {float(accuracy.mean()):.4f}"
-    run.progress.say(f"Initial loss: {float(loss.mean()):.4f}{known}\n")
+    run.progress.say(f"Initial loss: {float(loss.mean()):.4f}{known} ({len(data)} examples)\n")
 
 
 def _say_epoch(run: Run, report: EpochReport) -> None:

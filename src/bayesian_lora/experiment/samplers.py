@@ -108,7 +108,9 @@ def make_control(setup: Setup, fresh: bool) -> ControlVariate:
         return ControlVariate(setup.model.chain_parameters().values(), None)
     n = len(setup.train)
     batches = -(-n // setup.config.data.batch_size)
-    size = setup.objective.micro_batch or setup.config.data.batch_size
+    # On CPUs the objective bounds its passes itself.
+    on_cpu = setup.model.device.type == "cpu"
+    size = setup.objective.micro_batch or (None if on_cpu else setup.config.data.batch_size)
     full = setup.objective.closure(setup.all_rows(), evaluations=batches, micro_batch=size)
     return ControlVariate(setup.model.chain_parameters().values(), full)
 

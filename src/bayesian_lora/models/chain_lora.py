@@ -8,62 +8,22 @@ one chain behind those of another.
 
 import inspect
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayesian_lora.models.chain_dropout import ChainDropout
 from bayesian_lora.models.flat import CURRENT, flat_of
 from bayesian_lora.models.flat_attention import family_of, flat_forward, prepare
+from bayesian_lora.models.frozen_linear import frozen_linear
 from bayesian_lora.models.lora_update import add_lora
 from bayesian_lora.utils.lora_params import num_chains
-
-
-class ChainDropout(nn.Module):
-    """Dropout whose mask for chain m comes from chain m's generator alone.
-
-    It acts only while `generators` are set. A chain draws for its own tokens, in their order, so
-    what other chains have beside it does not change what this chain draws.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.generators: Sequence[torch.Generator] | None = None
-        self.lengths: np.ndarray | None = None
-        """(M, B) tokens of a padded batch; padding is not drawn for."""
-
-    def forward(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """x (n, D), `rows[m]` rows of each chain m, chain after chain → the same shape."""
-        if self.generators is None or self.p == 0:
-            return x
-        assert len(self.generators) == len(rows)
-        keep = 1.0 - self.p
-        drawn = torch.empty_like(x)
-        present = self._present(rows)
-        begin = 0
-        for m, (generator, count) in enumerate(zip(self.generators, rows, strict=True)):
-            own = drawn[begin : begin + count]
-            if present is None:
-                own.bernoulli_(keep, generator=generator)
-            else:
-                index = torch.from_numpy(np.flatnonzero(present[m])).to(x.device)
-                values = x.new_empty(len(index), x.shape[1])
-                own.zero_().index_copy_(0, index, values.bernoulli_(keep, generator=generator))
-            begin += count
-        return x * drawn.mul_(1.0 / keep)
-
-    def _present(self, rows: Sequence[int]) -> np.ndarray | None:
-        """Which rows (M, B·L) are tokens; None if every row is (also of a layer without L)."""
-        if self.lengths is None or rows[0] == self.lengths.shape[1]:
-            return None
-        columns = np.arange(rows[0] // self.lengths.shape[1])
-        return (columns < self.lengths[..., None]).reshape(len(rows), -1)
 
 
 class ChainLora(nn.Module):
@@ -108,7 +68,7 @@ class ChainLora(nn.Module):
         """x (M·B, L, D_in), (M·B, D_in) or flat (1, n, D_in) → the same with D_out."""
         x = x.to(self.base.weight.dtype)
         if self.merged is not None:
-            return F.linear(x, self.merged, self.base.bias)
+            return frozen_linear(x, self.merged, self.base.bias)
         inputs = x.reshape(-1, x.shape[-1])
         rows = self._rows_per_chain(inputs.shape[0])
         out = self.base(inputs)
@@ -154,6 +114,22 @@ class ChainLinear(nn.Module):
         return out.reshape(*x.shape[:-1], width_out)
 
 
+class Turn:
+    """A thread's turn at a model; copies and pickles have one of their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
+        return Turn, ()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class ChainModel(nn.Module):
     """A HuggingFace classifier whose adapters and head carry M chains; the base is shared.
 
@@ -161,10 +137,11 @@ class ChainModel(nn.Module):
     logits (M, B, C). The base stays in eval mode: only `lora_dropout` switches dropout on.
     """
 
-    def __init__(self, base: nn.Module, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.autocast = autocast
+        self.autocast: torch.dtype | None = None
+        """Of padded passes."""
         self._takes_types = "token_type_ids" in inspect.signature(base.forward).parameters
         self.family = family_of(base)
         self.flat = self.family is not None
@@ -172,6 +149,8 @@ class ChainModel(nn.Module):
         if self.family is not None:
             prepare(base, self.family)
         self._alone = False
+        self.turn = Turn()
+        """Held by a thread while it runs the model or has one member on alone."""
         base.eval()
 
     def train(self, mode: bool = True) -> "ChainModel":
@@ -219,19 +198,20 @@ class ChainModel(nn.Module):
     def member(self, k: int) -> Iterator[None]:
         """Member k alone, its updates merged into the frozen weights: for inference."""
         lora, head = self.lora_layers().values(), self.head_layers().values()
-        try:
-            for layer in lora:
-                layer.merge(k)
-            for linear in head:
-                linear.only = k
-            self._alone = True
-            yield
-        finally:
-            self._alone = False
-            for layer in lora:
-                layer.merged = None
-            for linear in head:
-                linear.only = None
+        with self.turn:
+            try:
+                for layer in lora:
+                    layer.merge(k)
+                for linear in head:
+                    linear.only = k
+                self._alone = True
+                yield
+            finally:
+                self._alone = False
+                for layer in lora:
+                    layer.merged = None
+                for linear in head:
+                    linear.only = None
 
     @torch.no_grad()
     def load_chains(self, state: dict[str, Tensor]) -> None:
@@ -260,6 +240,12 @@ class ChainModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """(M, B, L) or (B, L) token ids, mask and types → logits (M, B, C), at least float32."""
+        with self.turn:
+            return self._forward(input_ids, attention_mask, token_type_ids)
+
+    def _forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    ) -> Tensor:
         chains = self.num_chains
         if input_ids.ndim == 2:
             shape = (chains, *input_ids.shape)
@@ -270,25 +256,29 @@ class ChainModel(nn.Module):
         if token_type_ids is not None and self._takes_types:
             inputs["token_type_ids"] = token_type_ids.flatten(0, 1)
         flat = flat_of(attention_mask, self.device) if self.flat else None
-        if flat is not None:
-            logits = flat_forward(self.base, inputs, flat)
-        else:
+        if flat is None:
             logits = self._padded_forward(inputs, attention_mask)
+        else:
+            # A caller's autocast would undo the precisions chosen here, as in padded passes.
+            with torch.autocast(self.device.type, enabled=False):
+                logits = flat_forward(self.base, inputs, flat)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         return logits.unflatten(0, (chains, -1))
 
     def _padded_forward(self, inputs: dict[str, Tensor], attention_mask: Tensor) -> Tensor:
         """Padded inputs (M·B, L), mask (M, B, L) → logits (M·B, C)."""
-        if self.dropping:
-            lengths = attention_mask.sum(-1).cpu().numpy()
-            for layer in self.lora_layers().values():
-                layer.dropout.lengths = lengths
+        present = attention_mask.cpu().numpy() != 0 if self.dropping else None
+        for layer in self.lora_layers().values():
+            layer.dropout.present = present
         inputs = inputs | {"attention_mask": attention_mask.flatten(0, 1)}
         inputs = {name: x.to(self.device) for name, x in inputs.items()}
         kind = self.device.type
         with torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None):
-            return self.base(**inputs).logits
+            logits = self.base(**inputs).logits
+        for layer in self.lora_layers().values():
+            layer.dropout.present = None  # a flat pass has no padding
+        return logits
 
     @property
     def dropping(self) -> bool:

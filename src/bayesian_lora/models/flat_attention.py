@@ -10,13 +10,15 @@ Its keys and values still come from all tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayesian_lora.models.flat import CURRENT, Flat, Grid, from_blocks, to_blocks
+from bayesian_lora.models.flat import CURRENT, Flat
+from bayesian_lora.models.frozen_linear import FrozenLinear, freeze
+from bayesian_lora.models.group_attention import Call, group_attention
 
 NAME = "bayesian_lora_flat"
 
@@ -60,14 +62,6 @@ def encoder_layers(network: nn.Module, family: Family) -> list[nn.Module]:
     return list(network.get_submodule(f"{prefix}.{family.layers}").children())
 
 
-class HalfLinear(nn.Linear):
-    """A frozen layer stored in bfloat16 once; inputs of any precision, outputs bfloat16."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x (…, D_in) → (…, D_out)."""
-        return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
-
-
 def store_half(network: nn.Module, family: Family) -> None:
     """The encoder layers' linear maps in bfloat16; the rest, adapters too, stays as it is.
 
@@ -75,20 +69,24 @@ def store_half(network: nn.Module, family: Family) -> None:
     """
     for layer in encoder_layers(network, family):
         for module in layer.modules():
-            if type(module) is nn.Linear:
-                module.__class__ = (
-                    HalfLinear  # in place: whoever holds the layer, and its hooks, stay
-                )
+            if isinstance(module, FrozenLinear):
                 module.bfloat16()
 
 
 def prepare(network: nn.Module, family: Family) -> None:
-    """Register attention and the last layer's hooks, which act in `flat_forward` only."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Register attention and the last layer's hooks, which act in `flat_forward` only.
 
-    AttentionInterface.register(NAME, flat_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    last = encoder_layers(network, family)[-1]
+    The layers' linear maps become `FrozenLinear`.
+    """
+    if getattr(network, "flat_hooks", False):  # hooks twice would select rows twice
+        return
+    network.flat_hooks = True  # type: ignore[assignment]
+    layers = encoder_layers(network, family)
+    for layer in layers:
+        for module in layer.modules():
+            if isinstance(module, nn.Linear):
+                freeze(module)
+    last = layers[-1]
     last.register_forward_pre_hook(_keep_all_rows_aside)
     last.register_forward_hook(_as_sequences)
     for name in (family.key, family.value):
@@ -116,8 +114,18 @@ def _positions(network: Any, inputs: dict[str, Tensor], flat: Flat) -> Tensor:
     return flat.unpad(count(ids, embeddings.padding_idx, 0))
 
 
+@cache
+def _register() -> None:
+    """In every process that runs a model: it may have been unpickled there, not built."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, flat_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
 @contextmanager
 def _attention(network: Any) -> Iterator[None]:
+    _register()
     before = network.config._attn_implementation
     network.config._attn_implementation = NAME
     try:
@@ -169,51 +177,9 @@ def flat_attention(
         key, value = (x.transpose(1, 2).reshape(-1, size) for x in (key, value))
         queries = flat.grid(heads)
     scale = size**-0.5 if scaling is None else scaling
-    query = query.transpose(1, 2).reshape(-1, size) * scale
-    out = _by_group(flat, query, key, value, queries, flat.grid(heads))
+    call = Call(flat, queries, flat.grid(heads), heads, scale)
+    out = group_attention(query.transpose(1, 2).reshape(-1, size), key, value, call)
     return out.view(1, rows, heads, size), None
-
-
-def _by_group(
-    flat: Flat, query: Tensor, key: Tensor, value: Tensor, queries: Grid, tokens: Grid
-) -> Tensor:
-    """Rows (token·H + head, d) of query, and of key and value → rows like the query's."""
-    heads = len(tokens.places) // flat.tokens
-    dtype = query.dtype
-    # On CPUs as fast as bfloat16 on short sequences, and scores keep their digits.
-    single = dtype == torch.bfloat16 and query.device.type == "cpu"
-    q = to_blocks(query, queries)
-    k, v = (to_blocks(x, tokens) for x in (key, value))
-    if single:
-        q, k, v = q.float(), k.float(), v.float()
-    sizes_q, sizes = (
-        [len(g.sequences) * heads * (1 if one else g.length) for g in flat.groups]
-        for one in (queries is not tokens, False)
-    )
-    parts: list[Tensor] = []
-    # Split, not sliced: the gradient of a slice is as large as the whole.
-    blocks = zip(q.split(sizes_q), k.split(sizes), v.split(sizes), strict=True)
-    for group, mask, (own_q, own_k, own_v) in zip(flat.groups, flat.masks, blocks, strict=True):
-        n = len(group.sequences)
-        own_q, own_k, own_v = (x.unflatten(0, (n * heads, -1)) for x in (own_q, own_k, own_v))
-        parts.append(_attend(own_q, own_k, own_v, mask, n).flatten(0, 1))
-    return from_blocks(torch.cat(parts).to(dtype), queries)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, n: int) -> Tensor:
-    """softmax(q kᵀ) v; q (n·H, L_q, d), k and v (n·H, L, d).
-
-    Plain products on CPUs: the fused kernel's backward pass is slower on short sequences, in
-    bfloat16 tenfold.
-    """
-    if q.device.type == "cuda":
-        q, k, v = (x.unflatten(0, (n, -1)) for x in (q, k, v))
-        mask = None if mask is None else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).flatten(0, 1)
-    scores = torch.bmm(q, k.mT)
-    if mask is not None:
-        scores = (scores.unflatten(0, (n, -1)) + mask.to(scores.dtype)).flatten(0, 1)
-    return torch.bmm(scores.softmax(-1), v)
 
 
 def _keep_all_rows_aside(_layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

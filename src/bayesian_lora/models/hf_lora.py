@@ -74,8 +74,8 @@ class HuggingFaceLora(ChainModel):
 
     def use_bfloat16(self) -> None:
         """Frozen layers in bfloat16: stored so where the family is known, else by autocast."""
+        self.autocast = torch.bfloat16  # of padded passes
         if self.family is None:
-            self.autocast = torch.bfloat16
             return
         self._fingerprint = self.fingerprint()  # of the weights as they were
         store_half(self.base, self.family)

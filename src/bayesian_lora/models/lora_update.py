@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bayesian_lora.models.first_order import refuse_second_derivatives
+
 
 class _LoraUpdate(torch.autograd.Function):
     """out += s·x Aᵀ Bᵀ in place, each chain on its own rows.
@@ -33,6 +35,7 @@ class _LoraUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivatives("the low-rank update")
         x, low, a, b = ctx.saved_tensors
         grad = grads[0]
         a_own, b_own = a.to(x.dtype), b.to(x.dtype)
