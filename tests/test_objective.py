@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.synthetic import generate
+from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.samplers import SGLD
@@ -211,7 +212,7 @@ def test_passes_are_as_large_as_runs_fast(classifier: Objective, monkeypatch: py
     rows = np.tile(np.arange(EXAMPLES), (CHAINS, 1))
     tokens = int(classifier.data.lengths[rows].sum())
     for budget, expected in ((tokens, 20), (tokens - 1, 10), (tokens // 4, 4), (1, 1)):
-        monkeypatch.setattr("bayesian_lora.objective.TOKENS_PER_PASS_ON_CPU", budget)
+        monkeypatch.setattr(ChainModel, "tokens_per_pass", budget)
         classifier.closure(rows)()
         assert sizes[-1] == expected
     classifier.micro_batch = 3

@@ -82,8 +82,8 @@ def test_progress_and_no_gradients(tiny_models: dict[str, Path]):
     folder = tiny_models["bert"]
     model, data = build(folder, MEMBERS, "float32"), examples(folder)
     done: list[int] = []
-    predict_logits(model, data, on_batch=done.append, tokens_per_pass=200)
-    assert sum(done) == EXAMPLES
+    predict_logits(model, data, on_done=done.append, tokens_per_pass=200)
+    assert sum(done) == MEMBERS * EXAMPLES
     assert len(done) > 3
     assert all(p.grad is None for p in model.parameters())
 

@@ -17,13 +17,12 @@ Shapes: M chains, K members, N examples, C classes.
 """
 
 import numpy as np
-import torch
 
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.errors import InputError
 from bayesian_lora.metrics import softmax
 from bayesian_lora.models.chain_lora import ChainModel
-from bayesian_lora.predict import default_budget
+from bayesian_lora.predict import member_logits
 
 FEWEST = 4
 """Members every input is given before it may stop: fewer say too little of their spread."""
@@ -91,11 +90,11 @@ def adaptive_logits(
     order = order[weights[order] > 0]
     w, c = weights[order], chains[order]
     open_rows, used = np.arange(len(data)), np.full(len(data), len(order))
-    first = _one_member(model, data, order[0], open_rows)
+    first = member_logits(model, data, order[0], open_rows)
     logits = np.empty((len(weights), *first.shape), dtype=first.dtype)
     probs = np.empty((len(order), *first.shape))
     for k, member in enumerate(order):
-        found = _one_member(model, data, member, open_rows) if k else first
+        found = member_logits(model, data, member, open_rows) if k else first
         logits[member, open_rows], probs[k, open_rows] = found, softmax(found)
         if fewest(chains) <= k + 1 < len(order):
             error = expected_error(probs[: k + 1, open_rows], w, c)
@@ -144,14 +143,3 @@ def expected_error(probs: np.ndarray, weights: np.ndarray, chains: np.ndarray) -
     numbers = [part.sum() ** 2 / np.square(part).sum() for part in (seen, left)]
     factor = left.sum() * np.sqrt(1 / numbers[0] + 1 / numbers[1])
     return stdtrit(freedom, (1 + CONFIDENCE) / 2) * factor * np.sqrt(spread)
-
-
-def _one_member(model: ChainModel, data: TokenisedSet, k: int, rows: np.ndarray) -> np.ndarray:
-    """Logits (n, C) of one member on some rows (n,), which are in rising order."""
-    parts: list[np.ndarray] = []
-    done: list[np.ndarray] = []
-    with torch.inference_mode(), model.member(k):
-        for index in data.by_length(default_budget(model), rows):
-            parts.append(model(**data.batch(index).inputs)[0].cpu().numpy())
-            done.append(index)
-    return np.concatenate(parts)[np.argsort(np.concatenate(done), kind="stable")]

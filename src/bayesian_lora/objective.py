@@ -16,9 +16,6 @@ from bayesian_lora.predict import predict_logits
 from bayesian_lora.samplers.base import Closure
 from bayesian_lora.samplers.failures import require_finite
 
-# Tokens of all chains in one pass on the CPU, measured: beyond this, activations outgrow what the
-# allocator keeps at hand.
-TOKENS_PER_PASS_ON_CPU = 4_096
 # Where batches are padded, and under dropout, whose draws must not depend on other chains' tokens.
 MICRO_BATCH_ON_CPU = 8
 
@@ -100,7 +97,7 @@ class Objective:
             return self.micro_batch
         if not self.model.flat or self.model.dropping:
             return MICRO_BATCH_ON_CPU
-        passes = -(-int(self.data.lengths[rows].sum()) // TOKENS_PER_PASS_ON_CPU)
+        passes = -(-int(self.data.lengths[rows].sum()) // self.model.tokens_per_pass)
         return -(-rows.shape[1] // passes)
 
     def _tensors(self) -> list[Tensor]:

@@ -9,14 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bayesian_lora.data.batching import Batch, TokenisedSet
+from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.metrics import ensemble_probs
 from bayesian_lora.models.chain_lora import ChainModel
 
-# Padded tokens of a forward pass, over all its members: large enough for the matrix products,
-# small enough that activations stay within some hundred MiB, on CPUs within what is kept at hand.
-TOKENS_PER_PASS = 16_384
-TOKENS_PER_PASS_ON_CPU = 4_096
 # Tokens of a member from which its own merged weights cost less than its updates beside others':
 # merging reads and writes the target layers once, and a GPU must be filled by one member alone.
 MERGE_FROM = {"cpu": 512}
@@ -59,33 +55,38 @@ def predict_logits(
     model: ChainModel,
     data: TokenisedSet,
     *,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_done: Callable[[int], None] = lambda _: None,
     tokens_per_pass: int | None = None,
 ) -> np.ndarray:
     """Logits (K, N, C) of all members on all examples, float64 if the model is, else float32.
 
-    Batches go by length, longest first; `on_batch` is told the number of examples done. Members
-    go one by one, each merged into the weights, or all in one pass, whichever is cheaper.
+    Batches go by length, longest first. Members go one by one, each merged into the weights, or
+    all in one pass, whichever is cheaper. `on_done` is told how many of the K·N logits came.
     """
-    budget = tokens_per_pass or default_budget(model)
-    one_by_one = merging_pays(model, data)
-    parts: list[np.ndarray] = []
-    rows: list[np.ndarray] = []
+    if merging_pays(model, data):
+        with model.turn:
+            members = range(model.num_chains)
+            found = [member_logits(model, data, k, None, on_done, tokens_per_pass) for k in members]
+        return np.stack(found)
     with torch.inference_mode(), model.turn:
-        budget = budget if one_by_one else max(1, budget // model.num_chains)
-        for index in data.by_length(budget):
-            batch = data.batch(index)
-            parts.append(_each_member(model, batch) if one_by_one else _logits(model, batch))
-            rows.append(index)
-            on_batch(len(index))
-    order = np.argsort(np.concatenate(rows), kind="stable")
-    return np.concatenate(parts, axis=1)[:, order]
+        budget = max(1, (tokens_per_pass or model.tokens_per_pass) // model.num_chains)
+        return _in_order(model, data, budget, None, on_done)
 
 
-def default_budget(model: ChainModel) -> int:
-    """Padded tokens of a forward pass."""
-    on_cpu = model.device.type == "cpu" and model.flat
-    return TOKENS_PER_PASS_ON_CPU if on_cpu else TOKENS_PER_PASS
+def member_logits(
+    model: ChainModel,
+    data: TokenisedSet,
+    k: int,
+    rows: np.ndarray | None = None,
+    on_done: Callable[[int], None] = lambda _: None,
+    tokens_per_pass: int | None = None,
+) -> np.ndarray:
+    """Logits (n, C) of member k, merged into the weights, on all examples or some rows (n,).
+
+    They come in the order of the set.
+    """
+    with torch.inference_mode(), model.member(k):
+        return _in_order(model, data, tokens_per_pass or model.tokens_per_pass, rows, on_done)[0]
 
 
 def merging_pays(model: ChainModel, data: TokenisedSet) -> bool:
@@ -94,14 +95,18 @@ def merging_pays(model: ChainModel, data: TokenisedSet) -> bool:
     return not model.dropping and int(data.lengths.sum()) >= enough
 
 
-def _each_member(model: ChainModel, batch: Batch) -> np.ndarray:
-    """(K, b, C), member after member."""
-    found: list[np.ndarray] = []
-    for k in range(model.num_chains):
-        with model.member(k):
-            found.append(_logits(model, batch))
-    return np.concatenate(found)
-
-
-def _logits(model: ChainModel, batch: Batch) -> np.ndarray:
-    return model(**batch.inputs).cpu().numpy()
+def _in_order(
+    model: ChainModel,
+    data: TokenisedSet,
+    budget: int,
+    rows: np.ndarray | None,
+    on_done: Callable[[int], None],
+) -> np.ndarray:
+    """(K, n, C) in the order of the set, from batches of at most `budget` padded tokens."""
+    parts: list[np.ndarray] = []
+    done: list[np.ndarray] = []
+    for index in data.by_length(budget, rows):
+        parts.append(model(**data.batch(index).inputs).cpu().numpy())
+        done.append(index)
+        on_done(len(index) * model.num_chains)
+    return np.concatenate(parts, axis=1)[:, np.argsort(np.concatenate(done), kind="stable")]

@@ -277,3 +277,11 @@ def test_dropout_of_a_layer_without_tokens_draws_for_every_row() -> None:
     dropout.present = tokens_of([[3, 1], [2, 2]])
     out = dropout(torch.ones(4, 50), [2, 2])
     assert (out == 2).any(1).all()
+
+
+def test_tokens_of_a_pass_follow_the_bytes_of_a_number(tiny_models: dict[str, Path]) -> None:
+    path = str(tiny_models["bert"])
+    single, half = (build_huggingface_lora_model(path, 2, dtype=d) for d in ("float32", "bfloat16"))
+    assert 2 * single.tokens_per_pass == half.tokens_per_pass
+    single.flat = False
+    assert single.tokens_per_pass > half.tokens_per_pass

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bayesian_lora.models.flat import (
+    CURRENT,
     SQUARE_COST,
     Flat,
     flat_of,
     from_blocks,
+    in_precision,
     length_groups,
     to_blocks,
 )
@@ -112,3 +114,15 @@ def test_only_masks_padded_on_the_right_are_flat() -> None:
     assert flat.lengths.tolist() == [[2, 3]]
     for odd in ([[[0, 1, 1]]], [[[1, 0, 1]]], [[[0, 0, 0]]]):
         assert flat_of(torch.tensor(odd), CPU) is None
+
+
+def test_a_common_input_is_lowered_once_within_a_batch() -> None:
+    x, flat = torch.ones(3), Flat(np.array([[3]]), torch.device("cpu"))
+    assert in_precision(x, torch.float32) is x
+    assert in_precision(x, torch.bfloat16) is not in_precision(x, torch.bfloat16)
+    token = CURRENT.set(flat)
+    try:
+        assert in_precision(x, torch.bfloat16) is in_precision(x, torch.bfloat16)
+        assert in_precision(x + 1, torch.bfloat16).tolist() == [2, 2, 2]
+    finally:
+        CURRENT.reset(token)

@@ -14,23 +14,26 @@ from bayesian_lora.models.flat import Flat
 from bayesian_lora.models.group_attention import Call, group_attention
 
 HEADS, WIDTH = 3, 4
+Rows = tuple[Tensor, Tensor, Tensor]
 LENGTHS = {"ragged": [[2, 7, 7], [40, 1, 3]], "equal": [[5, 5]], "one token": [[1], [1]]}
 
 
-def made(lengths: list[list[int]], first_only: bool) -> tuple[Flat, Call, list[Tensor]]:
+def made(lengths: list[list[int]], first_only: bool) -> tuple[Flat, Call, Rows]:
     flat = Flat(np.array(lengths), torch.device("cpu"))
     tokens = flat.grid(HEADS)
     queries = flat.first_grid(HEADS) if first_only else tokens
     generator = torch.Generator().manual_seed(0)
     asking = flat.sequences if first_only else flat.tokens
-    rows = [
-        torch.randn(n * HEADS, WIDTH, generator=generator, dtype=torch.float64).requires_grad_()
-        for n in (asking, flat.tokens, flat.tokens)
-    ]
+
+    def drawn(count: int) -> Tensor:
+        shape = (count * HEADS, WIDTH)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    rows = (drawn(asking), drawn(flat.tokens), drawn(flat.tokens))
     return flat, Call(flat, queries, tokens, HEADS, 0.7), rows
 
 
-def alone(flat: Flat, call: Call, rows: list[Tensor]) -> Tensor:
+def alone(flat: Flat, call: Call, rows: Rows) -> Tensor:
     """Sequence by sequence, without padding."""
     first_only = call.queries is not call.tokens
     parts: list[Tensor] = []
@@ -65,7 +68,7 @@ def test_gradients_that_nobody_asked_for_are_left_out(wanted: int) -> None:
     _, call, rows = made(LENGTHS["ragged"], first_only=False)
     whole = torch.autograd.grad(group_attention(*rows, call).square().sum(), rows)
     some = [x.detach().requires_grad_(i == wanted) for i, x in enumerate(rows)]
-    group_attention(*some, call).square().sum().backward()
+    group_attention(some[0], some[1], some[2], call).square().sum().backward()
     assert [x.grad is None for x in some] == [i != wanted for i in range(3)]
     assert torch.equal(whole[wanted], some[wanted].grad)  # type: ignore[arg-type]
 
@@ -73,8 +76,8 @@ def test_gradients_that_nobody_asked_for_are_left_out(wanted: int) -> None:
 def test_half_precision_counts_in_single() -> None:
     """Scores and weights in float32: the error is that of the rounded inputs and result."""
     _, call, rows = made(LENGTHS["ragged"], first_only=False)
-    half = [x.detach().bfloat16() for x in rows]
-    exact = group_attention(*(x.double() for x in half), call)
-    out = group_attention(*half, call)
+    q, k, v = (x.detach().bfloat16() for x in rows)
+    exact = group_attention(q.double(), k.double(), v.double(), call)
+    out = group_attention(q, k, v, call)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, exact.bfloat16())

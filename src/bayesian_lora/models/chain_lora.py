@@ -19,11 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesian_lora.models.chain_dropout import ChainDropout
-from bayesian_lora.models.flat import CURRENT, flat_of
+from bayesian_lora.models.flat import CURRENT, flat_of, in_precision
 from bayesian_lora.models.flat_attention import family_of, flat_forward, prepare
 from bayesian_lora.models.frozen_linear import frozen_linear
 from bayesian_lora.models.lora_update import add_lora
 from bayesian_lora.utils.lora_params import num_chains
+
+# Tokens of a forward pass, over all its chains: large enough for the matrix products, small enough
+# that activations stay within some hundred MiB.
+TOKENS_PER_PASS = 16_384
+# On CPUs within what the caches and the allocator keep at hand: tokens times the bytes of a number.
+BYTES_PER_PASS_ON_CPU = 8_192
 
 
 class ChainLora(nn.Module):
@@ -66,7 +72,7 @@ class ChainLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (M·B, L, D_in), (M·B, D_in) or flat (1, n, D_in) → the same with D_out."""
-        x = x.to(self.base.weight.dtype)
+        x = in_precision(x, self.base.weight.dtype)
         if self.merged is not None:
             return frozen_linear(x, self.merged, self.base.bias)
         inputs = x.reshape(-1, x.shape[-1])
@@ -279,6 +285,14 @@ class ChainModel(nn.Module):
         for layer in self.lora_layers().values():
             layer.dropout.present = None  # a flat pass has no padding
         return logits
+
+    @property
+    def tokens_per_pass(self) -> int:
+        """Tokens of all chains in a forward pass that runs fastest, or, elsewhere, fits."""
+        if not self.flat or self.device.type != "cpu":
+            return TOKENS_PER_PASS
+        some = next(iter(self._found["lora"].values()))
+        return BYTES_PER_PASS_ON_CPU // some.base.weight.element_size()
 
     @property
     def dropping(self) -> bool:

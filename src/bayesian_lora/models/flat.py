@@ -60,6 +60,8 @@ class Flat:
     device: torch.device
     kept: dict[str, Tensor] = field(default_factory=dict)
     """What the last layer puts by for its attention."""
+    lowered: tuple[Tensor, Tensor] | None = None
+    """The input that was last put into another precision, before and after."""
     _grids: dict[tuple[str, int], Grid] = field(default_factory=dict)
 
     @property
@@ -155,6 +157,16 @@ class Flat:
         back = torch.from_numpy(places).to(self.device)[:, None]
         back = back + torch.from_numpy(strides).to(self.device)[:, None] * head
         return Grid(torch.cat(rows), back.flatten())
+
+
+def in_precision(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another precision; query, key and value share one copy of their common input."""
+    flat = CURRENT.get()
+    if x.dtype == dtype or flat is None:
+        return x.to(dtype)
+    if flat.lowered is None or flat.lowered[0] is not x:
+        flat.lowered = (x, x.to(dtype))
+    return flat.lowered[1]
 
 
 def flat_of(attention_mask: Tensor, device: torch.device) -> Flat | None:

@@ -141,6 +141,7 @@ def _batch(flat: Flat) -> Iterator[None]:
         yield
     finally:
         flat.kept.clear()
+        flat.lowered = None
         CURRENT.reset(token)
 
 

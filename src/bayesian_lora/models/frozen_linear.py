@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayesian_lora.models.first_order import refuse_second_derivatives
+from bayesian_lora.models.flat import in_precision
 
 
 class FrozenLinear(nn.Linear):
@@ -21,7 +22,7 @@ class FrozenLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x (…, D_in) → (…, D_out)."""
-        return frozen_linear(input.to(self.weight.dtype), self.weight, self.bias)
+        return frozen_linear(in_precision(input, self.weight.dtype), self.weight, self.bias)
 
 
 def freeze(linear: nn.Linear) -> None:

@@ -101,7 +101,9 @@ class _CpuAttention(torch.autograd.Function):
                 torch.bmm(p.mT, grad_g, out=dv_g)
             if not (wants_q or wants_k):
                 continue
-            scores = torch._softmax_backward_data(torch.bmm(grad_g, v_g.mT), p, -1, p.dtype)
+            scores = torch.ops.aten._softmax_backward_data(
+                torch.bmm(grad_g, v_g.mT), p, -1, p.dtype
+            )
             if wants_q:
                 torch.bmm(scores, k_g, out=dq_g)
             if wants_k:

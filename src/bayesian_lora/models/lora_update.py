@@ -28,7 +28,8 @@ class _LoraUpdate(torch.autograd.Function):
         for m, part in enumerate(_parts(rows)):
             torch.mm(x[part], a_own[m].mT, out=low[part])
             out[part].addmm_(low[part], b_own[m].mT, alpha=scaling)
-        ctx.save_for_backward(x, low, a, b)
+        ctx.save_for_backward(x, low, a_own, b_own)
+        ctx.precision = a.dtype
         ctx.scaling, ctx.rows = scaling, rows
         ctx.mark_dirty(out)
         return out
@@ -36,11 +37,10 @@ class _LoraUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         refuse_second_derivatives("the low-rank update")
-        x, low, a, b = ctx.saved_tensors
+        x, low, a_own, b_own = ctx.saved_tensors
         grad = grads[0]
-        a_own, b_own = a.to(x.dtype), b.to(x.dtype)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        grad_a, grad_b = torch.empty_like(a), torch.empty_like(b)
+        grad_a, grad_b = (torch.empty_like(t, dtype=ctx.precision) for t in (a_own, b_own))
         for m, part in enumerate(_parts(ctx.rows)):
             inner = torch.mm(grad[part], b_own[m]).mul_(ctx.scaling)
             grad_a[m] = torch.mm(inner.mT, x[part])
