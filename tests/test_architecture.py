@@ -196,6 +196,13 @@ def test_imports_are_quick(module: str) -> None:
     assert done.stdout.split() == []
 
 
+def test_diagnostics_wait_until_they_are_needed() -> None:
+    """A run reaches its first step without ArviZ, whose import is felt."""
+    code = "import bayesian_lora.experiment.train, sys; print('arviz_stats' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+
+
 @pytest.mark.parametrize("module", sorted(MODULES), ids=lambda name: name or "bayesian_lora")
 def test_no_global_seed_is_set(module: str) -> None:
     """Generators are passed; torch's, numpy's and Python's own state belong to the user."""

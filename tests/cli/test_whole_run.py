@@ -23,6 +23,7 @@ from sklearn.metrics import accuracy_score, log_loss
 
 from bayesian_lora.cli.main import main
 from bayesian_lora.data.synthetic import generate
+from bayesian_lora.experiment.phases import INITIAL_SIZE
 
 M, K, THIN, BURN_IN, BATCH, TRACE_EVERY = 2, 6, 4, 3, 8, 2
 DRAWS = K // M
@@ -311,6 +312,15 @@ def test_metrics_have_the_contracts_keys_and_a_reason_beside_every_null(case: Ca
     assert diagnostics | {"t_eff", "verdict", "reason"} <= found["diagnostics"].keys()
     assert {"train_s", "sample_s", "eval_s", "gradient_evaluations"} <= found["cost"].keys()
     assert ("truth" in found) == (found["task"] == "synthetic")
+
+
+def test_the_first_step_waits_for_few_examples(case: Case) -> None:
+    found = re.search(
+        r"\nInitial loss: .*\n\(on (\d+) of (\d+) held-out examples\)\n", case.printed
+    )
+    assert found is not None
+    seen, there = map(int, found.groups())
+    assert seen == min(there, INITIAL_SIZE)
 
 
 def test_the_seeds_lines_are_printed_with_true_values(case: Case) -> None:

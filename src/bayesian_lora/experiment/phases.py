@@ -161,7 +161,8 @@ def _say_initial(run: Run) -> None:
     loss, accuracy = setup.objective.score(data)
     run.progress.say("Initial evaluation:")
     known = "" if accuracy is None else f", accuracy: {float(accuracy.mean()):.4f}"
-    run.progress.say(f"Initial loss: {float(loss.mean()):.4f}{known} ({len(data)} examples)\n")
+    run.progress.say(f"Initial loss: {float(loss.mean()):.4f}{known}")
+    run.progress.say(f"(on {len(data)} of {len(held_out)} held-out examples)\n")
 
 
 def _say_epoch(run: Run, report: EpochReport) -> None:
