@@ -8,9 +8,10 @@ That spread is seen in few members, so it is steadied by that of the other input
 An input stops at the first k at which a 99 % bound on the distance of its estimate from the whole
 ensemble's mean (`expected_error`) lies within the tolerance. The bound holds at one k; because it
 is asked again at every k, more than 1 % may end outside (of 16 stored ensembles of 20 members, on
-SST-2, MRPC and the embedded task, on which 99 % was chosen, 0 to 1.2 % did at 0.01). No rule foresees what no
-member seen has shown: where one draw of 20 alone differs, most inputs end outside. Draws far apart
-in time come first: taken as they come, draws like their neighbours pass for settled.
+SST-2, MRPC and the embedded task, on which 99 % was chosen, 0 to 1.2 % did at 0.01).
+No rule foresees what no member seen has shown: where one draw of 20 alone differs, most inputs end
+outside. Draws far apart in time come first: taken as they come, draws like their neighbours pass
+for settled.
 
 Shapes: M chains, K members, N examples, C classes.
 """
