@@ -97,6 +97,23 @@ def test_members_of_no_weight_are_never_asked(
     )
 
 
+def test_members_of_no_weight_hide_no_chain(
+    tiny_models: dict[str, Path], data: TokenisedSet
+) -> None:
+    """A chain whose members are mostly without weight is still seen before an input may stop."""
+    model = build(tiny_models["bert"])
+    dropped = np.isin(np.arange(MEMBERS), member_order(CHAINS)[[3, 7, 11, 15]])
+    weights = np.where(dropped, 0.0, 1.0) / (~dropped).sum()
+    assert (CHAINS[dropped] == 3).all(), "all of one chain but its last"
+    logits, used = adaptive_logits(model, data, weights, CHAINS, 0.3)
+    assert used.min() == fewest(CHAINS)
+    order = np.flatnonzero(~dropped)[member_order(CHAINS[~dropped])]
+    assert set(CHAINS[order[: used.min()]]) == {0, 1, 2, 3}
+    assert np.isfinite(logits).all()
+    whole = ensemble_probs(predict_logits(model, data), weights)
+    assert np.abs(ensemble_probs(logits, weights) - whole).max() < 0.3
+
+
 @pytest.mark.parametrize("counts", [(5, 5, 5, 5), (20,), (3, 3, 2, 2), (7, 2), (2, 2, 2, 2, 2, 2)])
 def test_every_beginning_of_the_order_is_spread_over_chains_and_time(
     counts: tuple[int, ...],

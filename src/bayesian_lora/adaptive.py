@@ -91,8 +91,8 @@ def adaptive_logits(
         InputError: as `check_tolerance`.
     """
     check_tolerance(tolerance, chains)
-    order = member_order(chains)
-    order = order[weights[order] > 0]
+    asked = np.flatnonzero(weights > 0)
+    order = asked[member_order(chains[asked])]
     w, c = weights[order], chains[order]
     open_rows, used = np.arange(len(data)), np.full(len(data), len(order))
     first = member_logits(model, data, order[0], open_rows)
@@ -127,7 +127,11 @@ def chain_means(
 
 def estimate(probs: np.ndarray, weights: np.ndarray, chains: np.ndarray) -> np.ndarray:
     """The ensemble's mean (N, C) from its first k members (k, N, C), every chain among them."""
-    means = chain_means(probs, weights, chains)
+    return _summed_up(chain_means(probs, weights, chains), weights, chains)
+
+
+def _summed_up(means: dict[int, np.ndarray], weights: np.ndarray, chains: np.ndarray) -> np.ndarray:
+    """The chains' means (N, C) by the chains' whole weights."""
     total = sum(weights[chains == m].sum() * mean for m, mean in means.items())
     return np.asarray(total / weights.sum())
 
@@ -153,7 +157,7 @@ def expected_error(probs: np.ndarray, weights: np.ndarray, chains: np.ndarray) -
         own, seen = weights[chains == m], weights[:k][chains[:k] == m]
         left = np.square(own).sum() - np.square(seen).sum()
         factor += np.square(seen).sum() * (own.sum() / seen.sum() - 1) ** 2 + left
-    mean = estimate(probs, weights, chains)
+    mean = _summed_up(means, weights, chains)
     scale = np.square(np.maximum(mean * (1 - mean), LEAST_SCALE))
     steady, freedom = _moderated(spread / scale, freedom)
     quantile = stdtrit(freedom, (1 + CONFIDENCE) / 2)

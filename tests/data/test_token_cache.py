@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from bayesian_lora.data import batching
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
-from bayesian_lora.data.token_cache import cache_key, default_folder
+from bayesian_lora.data.token_cache import cache_key, default_folder, write_tokens
 from bayesian_lora.utils.files import read_npz, write_npz
 
 
@@ -147,3 +147,10 @@ def test_where_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for odd in ("relative", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", odd)
         assert default_folder() == Path.home() / ".cache" / "bayesian-lora"
+
+
+def test_what_cannot_be_put_in_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "tokens" / "key.npz"
+    in_the_way.mkdir(parents=True)
+    write_tokens(tmp_path, "key", {"lengths": np.ones(1, dtype=np.int64)})
+    assert list(in_the_way.parent.iterdir()) == [in_the_way]

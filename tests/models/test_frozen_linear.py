@@ -71,7 +71,7 @@ def test_autocast_decides_on_its_own_precision() -> None:
 
 def test_a_layer_is_frozen_in_place_and_only_a_plain_one() -> None:
     class Special(torch.nn.Linear):
-        pass
+        """What a layer of another kind does is its own."""
 
     plain, special = torch.nn.Linear(40, 24).requires_grad_(False), Special(40, 24)
     seen: list[int] = []

@@ -6,6 +6,7 @@ Shapes: N texts.
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def write_tokens(folder: Path, key: str, columns: dict[str, np.ndarray]) -> None
         write_npz(own, columns)
         own.replace(path)
     except OSError:
-        return
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
 
 
 def _path(folder: Path, key: str) -> Path:
