@@ -16,11 +16,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bayesian_lora.config_checks import SAMPLERS, check_consistency
+from bayesian_lora.config_checks import MAP, SAMPLERS, check_consistency, without_idle
 from bayesian_lora.config_schema import Config, SamplerConfig
 from bayesian_lora.errors import InputError
 
 __all__ = [
+    "MAP",
     "SAMPLERS",
     "Config",
     "SamplerConfig",
@@ -108,6 +109,7 @@ def build_config(
         raise InputError(f"{source}: {_explain(error)}") from error
     assert isinstance(config, Config)
     _check_tree(dataclasses.asdict(config), source)  # type: ignore[call-overload]
+    config.sampler = without_idle(config.sampler)
     check_consistency(config)
     return config
 

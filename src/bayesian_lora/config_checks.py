@@ -20,17 +20,13 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
     "sam_sgld_rank1": ("rho", "lambd", "sigma_dir", "u_mode", "beta1"),
 }
 """Every sampler and the keys that are its own; a key left out has the sampler's default."""
+MAP = "map"
+"""In a sampler's place: none, the members are the warm starts."""
 
 
 def check_consistency(config: Config) -> None:
     """Raises InputError for keys that contradict each other."""
     sampler, data, train = config.sampler, config.data, config.train
-    if sampler.name not in SAMPLERS:
-        near = difflib.get_close_matches(sampler.name.lower(), SAMPLERS, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(
-            f"sampler.name={sampler.name}: unknown sampler{hint}; known: {', '.join(SAMPLERS)}"
-        )
     _check_sampler(sampler)
     if sampler.num_samples % sampler.chains:
         nearest = -(-sampler.num_samples // sampler.chains) * sampler.chains
@@ -38,14 +34,19 @@ def check_consistency(config: Config) -> None:
             f"sampler.num_samples={sampler.num_samples} is the total over all chains and must be "
             f"a multiple of sampler.chains={sampler.chains}: set sampler.num_samples={nearest}"
         )
-    if train.early_stopping and data.validation_share == 0:
+    if sampler.name == MAP and sampler.chains > 1 and train.starts == "shared":
         raise InputError(
-            "train.early_stopping=true needs data held out of train: set data.validation_share=0.1"
+            f"sampler.name=map: the {sampler.chains} members would all be the one shared fit; set "
+            "train.starts=independent, or sampler.chains=1"
         )
-    if config.prior.std == "auto" and data.validation_share == 0:
-        raise InputError(
-            "prior.std=auto needs data held out of train: set data.validation_share=0.1"
-        )
+    held_out = {
+        "train.early_stopping=true": train.early_stopping,
+        "train.schedule=plateau": train.schedule == "plateau",
+        "prior.std=auto": config.prior.std == "auto",
+    }
+    for key, wanted in held_out.items():
+        if wanted and data.validation_share == 0:
+            raise InputError(f"{key} needs data held out of train: set data.validation_share=0.1")
     if not config.prior.candidates:
         raise InputError("prior.candidates=[]: give at least one standard deviation")
     if len(set(config.prior.candidates)) < len(config.prior.candidates):
@@ -62,13 +63,26 @@ def check_consistency(config: Config) -> None:
         )
 
 
+def without_idle(s: SamplerConfig) -> SamplerConfig:
+    """Of ``map`` the keys that count, the others at values that say so; any other as it is."""
+    if s.name != MAP:
+        return s
+    kept = {"chains": s.chains, "on_nonfinite": s.on_nonfinite}
+    return SamplerConfig(name=MAP, num_samples=s.chains, burn_in=0, thin=1, **kept)
+
+
 def least_chains(s: SamplerConfig) -> int:
     """The chains without which a sampler is not what it says."""
     return 2 if s.name == "sam_sgld_rank1" and s.u_mode == "cross_chain" else 1
 
 
 def _check_sampler(s: SamplerConfig) -> None:
-    """What a sampler needs of the other keys."""
+    """That there is such a sampler, and what it needs of the other keys."""
+    if s.name not in (*SAMPLERS, MAP):
+        near = difflib.get_close_matches(s.name.lower(), [*SAMPLERS, MAP], 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        known = ", ".join([*SAMPLERS, f"{MAP} (no sampling)"])
+        raise InputError(f"sampler.name={s.name}: unknown sampler{hint}; known: {known}")
     if s.name in {"psgld", "asgld", "sam_sgld_rank1"} and s.burn_in == 0:
         adapts = s.anneal is not False if s.name == "asgld" else s.u_mode in {None, "frozen"}
         if adapts:

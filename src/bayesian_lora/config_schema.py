@@ -84,14 +84,21 @@ class PriorConfig:
 
 @dataclass
 class TrainConfig:
-    """The warm start: AdamW on U/N with warm-up and linear decay.
+    """The warm start: Adam on U/N with warm-up, then linear decay or a learning rate that each
+    chain's plateaus of the held-out loss lower (``plateau_factor``, ``plateau_patience`` epochs).
 
-    ``starts_from`` takes the warm starts of another run's folder instead of fitting new ones.
+    ``starts_from`` takes the warm starts of another run's folder instead of fitting new ones;
+    ``init_seed`` draws the initial factors, and nothing else, from a seed of their own, so that
+    runs of several tasks begin at the same ones.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 10
     lr: Positive = 1e-3
     warmup_share: Share = 0.06
+    schedule: Literal["linear", "plateau"] = "linear"
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    plateau_patience: Annotated[int, Field(ge=0)] = 1
+    init_seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     starts: Literal["independent", "shared"] = "independent"
     jitter: NonNegative = 0.01
     early_stopping: bool = False
@@ -103,6 +110,9 @@ class TrainConfig:
 @dataclass
 class SamplerConfig:
     """Steps are optimiser steps of every chain; ``num_samples`` counts over all chains.
+
+    ``name: map`` draws nothing: the members are the warm starts, one a chain, and of the other
+    keys only ``chains`` and ``on_nonfinite`` count.
 
     ``step_size: auto`` keeps the relative bias of the stiffest direction's variance at ``bias``.
     ``on_nonfinite: drop`` goes on without a chain whose loss or gradient is not finite.
@@ -150,10 +160,14 @@ class OutputConfig:
 
 @dataclass
 class Config:
-    """One run, whole. ``compare`` names keys and the values `bayesian-lora compare` gives them."""
+    """One run, whole. ``compare`` names keys and the values `bayesian-lora compare` gives them.
+
+    ``track`` sends what stands in `metrics.csv` to a tracker as well.
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
+    track: Literal["wandb", "tensorboard", "trackio", "mlflow"] | None = None
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)

@@ -29,14 +29,20 @@ def evaluation_lines(m: Figures) -> list[str]:
 
 
 def table_lines(m: Figures) -> list[str]:
-    """MAP, its temperature-scaled and ensembled forms, single members and the ensemble."""
+    """MAP, its temperature-scaled and ensembled forms, single members and the ensemble.
+
+    Without sampling there is no more than the first three.
+    """
     rows = {
         "MAP (mean of warm starts)": {k: v["mean"] for k, v in m["map"].items()},
         "MAP, temperature-scaled": m["map_temperature_scaled"],
         "MAP ensemble (deep ensemble)": m["map_ensemble"],
-        "single sample (mean)": {k: v["mean"] for k, v in m["single"].items()},
-        f"posterior ensemble of {m['ensemble']['k']}{_cold(m)}": m["ensemble"],
     }
+    if _sampled(m):
+        rows |= {
+            "single sample (mean)": {k: v["mean"] for k, v in m["single"].items()},
+            f"posterior ensemble of {m['ensemble']['k']}{_cold(m)}": m["ensemble"],
+        }
     names = [n for n in SHOWN if m["ensemble"].get(n) is not None]
     lines = [f"{'':<30}" + "".join(f"{name:>10}" for name in names)]
     for title, row in rows.items():
@@ -63,6 +69,8 @@ def closing_lines(m: Figures) -> list[str]:
     if adaptive := m.get("adaptive"):
         lines += _adaptive_lines(adaptive, m["ensemble"]["k"], uncertainty)
     d = m["diagnostics"]
+    if not _sampled(m):
+        return [*lines, f"Chains: {d['reason']}", *_trouble(d)]
     lines += [
         f"Effective temperature along the stiffest direction: {_number(d['t_eff'])} with minibatch "
         f"noise, {m['temperature']:g}{_cold(m)} asked for",
@@ -95,6 +103,10 @@ def _trouble(d: Figures) -> list[str]:
         for x in d.get("departures") or []
     ]
     return lines
+
+
+def _sampled(m: Figures) -> bool:
+    return m.get("sampler", {}).get("name") != "map"
 
 
 def _cold(m: Figures) -> str:

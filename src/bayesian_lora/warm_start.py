@@ -1,9 +1,10 @@
-"""The warm start: AdamW on U/N, all chains at once, each from its own start and batch order.
+"""The warm start: Adam on U/N, all chains at once, each from its own start and batch order.
 
 Shapes: M chains, N training examples.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,27 +14,37 @@ import torch
 from torch import Tensor
 
 from bayesian_lora.data.batching import BatchOrder, TokenisedSet
+from bayesian_lora.learning_rates import LearningRates, ScheduleName
 from bayesian_lora.objective import Objective
 from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.predict import predict_logits
 from bayesian_lora.samplers.failures import Diverged, Lose, refuse
-from bayesian_lora.samplers.schedules import warmup_linear_decay
 from bayesian_lora.utils.rng import restore_states, save_states
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One epoch's end: means over the epoch's batches, and of the held-out set, each (M,)."""
+    """One epoch's end: means over the epoch's batches, and of the held-out set, each (M,).
+
+    `train_accuracy` is that of the batches before each step, None for regression; `lr` (M,) the
+    learning rates of the epoch's last step; `step` the steps so far.
+    """
 
     epoch: int
     train_loss: Tensor
     validation_loss: Tensor | None
     validation_accuracy: Tensor | None = None
+    train_accuracy: Tensor | None = None
+    lr: Tensor | None = None
+    step: int = 0
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step of any phase: `loss` and `accuracy` (M,), `lr` the step size."""
+    """One optimiser step of any phase: `loss` and `accuracy` (M,), `lr` the step size.
+
+    Where chains have learning rates of their own (`WarmStart`'s plateau), `lr` is their mean.
+    """
 
     phase: str
     step: int
@@ -49,21 +60,25 @@ OnStep = Callable[[StepReport], None]
 
 
 class WarmStart:
-    """Maximum a posteriori by AdamW with linear decay; no weight decay, the prior does that.
+    """Maximum a posteriori by Adam (AdamW without weight decay: the prior does that).
 
     Args:
         objective: of the model to be fitted.
         groups: the model's tensors under their priors.
         order: each chain's batches.
         epochs, lr, warmup_share: the schedule.
-        validation: held-out set for `EpochReport` and early stopping.
+        schedule: after the warm-up, ``linear`` decay to 0, or ``plateau``: each chain's learning
+            rate is multiplied by `plateau_factor` after more than `plateau_patience` epochs in a
+            row without improvement of its held-out loss, as torch's `ReduceLROnPlateau`.
+        validation: held-out set for `EpochReport`, early stopping and the plateau.
         early_stopping: keep each chain's epoch of lowest validation loss.
         patience: end when no chain has improved for so many epochs.
         dropout: generators of the LoRA dropout, one per chain.
         lose: what becomes of chains whose loss or gradient is not finite; it calls `keep`.
 
     Raises:
-        ValueError: early stopping without a validation set, patience without early stopping.
+        ValueError: early stopping or plateau without a validation set, patience without early
+            stopping.
     """
 
     def __init__(
@@ -75,6 +90,9 @@ class WarmStart:
         epochs: int,
         lr: float,
         warmup_share: float = 0.06,
+        schedule: ScheduleName = "linear",
+        plateau_factor: float = 0.5,
+        plateau_patience: int = 1,
         validation: TokenisedSet | None = None,
         early_stopping: bool = False,
         patience: int | None = None,
@@ -83,6 +101,8 @@ class WarmStart:
     ) -> None:
         if early_stopping and validation is None:
             raise ValueError("early_stopping=True needs a validation set")
+        if schedule == "plateau" and validation is None:
+            raise ValueError("schedule='plateau' needs a validation set")
         if patience is not None and not early_stopping:
             raise ValueError(f"patience={patience} acts only with early_stopping=True")
         self.objective, self.groups, self.order = objective, groups, order
@@ -90,17 +110,23 @@ class WarmStart:
         self.early_stopping, self.patience = early_stopping, patience
         self.dropout, self.lose = dropout, lose
         self.total = epochs * order.batches_per_epoch
-        warmup = round(warmup_share * self.total)
-        self.factor = lambda step: warmup_linear_decay(step, warmup=warmup, total=self.total)
+        chains = len(order.generators)
+        self.rates = LearningRates(
+            chains,
+            lr=lr,
+            total=self.total,
+            warmup_share=warmup_share,
+            schedule=schedule,
+            factor=plateau_factor,
+            patience=plateau_patience,
+        )
         parameters = [tensor for group in groups for tensor in group.tensors]
         if objective.log_noise is not None:
             parameters.append(objective.log_noise.requires_grad_())
-        self.base_lr = lr
         self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
         self.step = 0
         self.rows: np.ndarray | None = None
-        self.losses = torch.zeros(len(order.generators))
-        chains = len(order.generators)
+        self.losses, self.accuracies = torch.zeros(chains), torch.zeros(chains)
         self.best_loss = torch.full((chains,), float("inf"), dtype=torch.float64)
         self.best_epoch = torch.full((chains,), -1)
         self.best: dict[str, Tensor] = {}
@@ -113,25 +139,28 @@ class WarmStart:
             if number == 0:
                 self.rows = self.order.epoch()
                 self.losses.zero_()
+                self.accuracies.zero_()
             assert self.rows is not None
             report = self._one_step(self.order.epoch_batch(self.rows, number))
             ended = self._end_epoch(epoch) if number == per_epoch - 1 else None
-            # Called last, so that a state saved by either of them lacks nothing of this step.
-            on_step(report)
+            # Called last, so that a state saved by `on_step` lacks nothing of this step, nor
+            # of what was told of its epoch.
             if ended is not None:
                 on_epoch(ended)
+            on_step(report)
         self.finish()
 
     def _one_step(self, rows: np.ndarray) -> StepReport:
-        lr = self.base_lr * self.factor(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         loss = self._gradient(rows)
         add_prior_gradient(self.groups, len(self.objective.data))
-        self.optimizer.step()
+        self.rates.update(self.optimizer, self.step)
+        lr = float(self.rates.at(self.step).mean())
         self.step += 1
-        self.losses += loss.cpu() * (rows.shape[1] / len(self.objective.data))
+        share = rows.shape[1] / len(self.objective.data)
+        self.losses += loss.cpu() * share
         accuracy = self.objective.accuracy
+        if accuracy is not None:
+            self.accuracies += accuracy.cpu() * share
         examples = loss.numel() * rows.shape[1]
         return StepReport("map", self.step, self.total, loss, accuracy, lr, examples)
 
@@ -158,19 +187,24 @@ class WarmStart:
             state |= {k: v[kept] for k, v in state.items() if v.ndim}
         self.order.keep(kept)
         self.rows = None if self.rows is None else self.rows[kept]
-        self.losses, self.best_loss = self.losses[kept], self.best_loss[kept]
+        self.losses, self.accuracies = self.losses[kept], self.accuracies[kept]
+        self.rates.keep(kept)
+        self.best_loss = self.best_loss[kept]
         self.best_epoch = self.best_epoch[kept]
         self.best = {name: tensor[kept] for name, tensor in self.best.items()}
         if self.dropout is not None:
             self.dropout = [self.dropout[m] for m in kept]
 
     def _end_epoch(self, epoch: int) -> EpochReport:
-        if self.validation is None:
-            return EpochReport(epoch, self.losses.clone(), None)
-        loss, accuracy = self.objective.score(self.validation)
-        if self.early_stopping:
-            self._keep_best(epoch, loss)
-        return EpochReport(epoch, self.losses.clone(), loss, accuracy)
+        loss, accuracy = None, None
+        trained = None if self.objective.accuracy is None else self.accuracies.clone()
+        lr = self.rates.at(self.step - 1)
+        if self.validation is not None:
+            loss, accuracy = self.objective.score(self.validation)
+            if self.early_stopping:
+                self._keep_best(epoch, loss)
+            self.rates.epoch_ended(loss.tolist())
+        return EpochReport(epoch, self.losses.clone(), loss, accuracy, trained, lr, self.step)
 
     def _keep_best(self, epoch: int, loss: Tensor) -> None:
         better = loss < self.best_loss
@@ -219,6 +253,8 @@ class WarmStart:
             "step": self.step,
             "rows": None if self.rows is None else torch.from_numpy(self.rows),
             "losses": self.losses.clone(),
+            "accuracies": self.accuracies.clone(),
+            "rates": self.rates.state_dict(),
             "best_loss": self.best_loss.clone(),
             "best_epoch": self.best_epoch.clone(),
             "best": {name: tensor.clone() for name, tensor in self.best.items()},
@@ -230,6 +266,10 @@ class WarmStart:
         self.step = state["step"]
         self.rows = None if state["rows"] is None else state["rows"].numpy()
         self.losses = state["losses"].clone()
+        # States of earlier versions have neither of these; their schedule was linear.
+        self.accuracies = state.get("accuracies", torch.full_like(self.losses, math.nan)).clone()
+        if "rates" in state:
+            self.rates.load_state_dict(state["rates"])
         self.best_loss = state["best_loss"].clone()
         self.best_epoch = state["best_epoch"].clone()
         device = self.objective.model.device

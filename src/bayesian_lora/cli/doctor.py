@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from bayesian_lora.data.glue_datasets import TASKS, load_split
+from bayesian_lora.data.preparation import DATA_VARIABLE
 from bayesian_lora.errors import InputError
-from bayesian_lora.experiment.setup import DATA_VARIABLE
 from bayesian_lora.models.sources import resolve_model
 from bayesian_lora.run_folder import versions
 from bayesian_lora.utils.hub import connection_error, offline_by_choice

@@ -3,6 +3,7 @@
 Shapes: N examples in a set.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from bayesian_lora.data.glue_datasets import load_split
 from bayesian_lora.data.tasks import TaskSpec
 from bayesian_lora.errors import InputError
 
+DATA_VARIABLE = "BAYESIAN_LORA_DATA"
 PROBE_SIZE = 8
 SUBSET_SIZE = 32
 
@@ -33,6 +35,22 @@ class RawData:
         """sha256 of every part."""
         parts = {"train": self.train, "validation": self.validation, "evaluation": self.evaluation}
         return {name: part.fingerprint() for name, part in parts.items() if part is not None}
+
+
+def data_folder(given: str | None, said_as: str = "data.dir") -> Path | None:
+    """The folder of local data: as given, or the environment's BAYESIAN_LORA_DATA, or None (the
+    hub). `said_as`: what a user calls the argument.
+
+    Raises:
+        InputError: it is not a folder.
+    """
+    name = given or os.environ.get(DATA_VARIABLE)
+    if not name:
+        return None
+    if not Path(name).is_dir():
+        origin = said_as if given else DATA_VARIABLE
+        raise InputError(f"{origin}={name!r} is not a folder; name a folder of data or unset it")
+    return Path(name)
 
 
 def load_train(

@@ -20,7 +20,7 @@ from bayesian_lora.errors import InputError
 Settings = dict[str, Any]
 Axes = dict[str, list[str]]
 
-NOT_AXES = ("output", "compare", "train.starts_from")
+NOT_AXES = ("output", "track", "compare", "train.starts_from")
 FREE = ("data.dir", "model.name", "device", "sampler.num_samples", "sampler.on_nonfinite")
 NAME_LENGTH = 120
 QUOTED = re.compile(r"'(?:''|[^'])*'" + r'|"(?:\\.|[^"\\])*"', re.DOTALL)
@@ -168,12 +168,12 @@ def cell_names(combinations: Sequence[Sequence[str]]) -> list[str]:
 
 
 def settings_of(config: Config) -> Settings:
-    """Every key that makes a run what it is: dotted, without ``output``, ``compare``,
+    """Every key that makes a run what it is: dotted, without ``output``, ``track``, ``compare``,
     ``train.starts_from``, which says only where an equal warm start lies, and keys of samplers
     other than the run's.
     """
     flat = _flatten(dataclasses.asdict(config))  # type: ignore[call-overload]
-    own = SAMPLERS[config.sampler.name]
+    own = SAMPLERS.get(config.sampler.name, ())
     idle = [f"sampler.{key}" for keys in SAMPLERS.values() for key in keys if key not in own]
     return {k: v for k, v in flat.items() if not _below(k, NOT_AXES) and k not in idle}
 

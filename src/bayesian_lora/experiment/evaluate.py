@@ -12,20 +12,20 @@ from typing import Any, Literal
 import numpy as np
 
 from bayesian_lora import evaluation, summary
-from bayesian_lora.config import Config
+from bayesian_lora.config import MAP, Config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
 from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.energy_range import LEAST
 from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.building import resolve_device
 from bayesian_lora.experiment.resume import load_own_config
 from bayesian_lora.experiment.setup import (
     Setup,
     ask_hub_once,
     data_folder,
     load_training_data,
-    resolve_device,
     task_of,
 )
 from bayesian_lora.models.hf_lora import HuggingFaceLora
@@ -40,6 +40,7 @@ from bayesian_lora.utils.lora_params import chain_norm
 Figures = dict[str, Any]
 STATED = ("name", "step_size", "exactness", "law", "variance_reduction")
 """What a sampler says of itself, from the manifest into `metrics.json`."""
+NO_SAMPLING = "no sampling: the members are MAP fits, so there are no chains to judge"
 Members = Literal["all", "latest"] | int
 
 
@@ -82,12 +83,12 @@ def evaluate_run(
     chosen.check_tolerance(tolerance)
     task = task_of(config)
     split = split or task.default_split
-    progress.say(f"\nFound {len(full)} LoRA samples in {root}")
+    progress.say(f"\nFound {len(full)} {_kind(full)} in {root}")
     data, held_out, model = _inputs(config, full, split, setup, progress)
-    progress.say(f"Evaluating ensemble of {len(chosen)} LoRA samples on {split}...")
-    predictions = chosen.predict_set(model, data, tolerance)
-    starts = map_ensemble(root)
-    map_predictions = starts.predict_set(model, data)
+    progress.say(f"Evaluating ensemble of {len(chosen)} {_kind(full)} on {split}...")
+    predictions, starts = chosen.predict_set(model, data, tolerance), map_ensemble(root)
+    same = starts.records == chosen.records and tolerance is None  # nothing was sampled
+    map_predictions = predictions if same else starts.predict_set(model, data)
     held = None if held_out is None else starts.predict_set(model, held_out)
     regression = task.likelihood == "gaussian"
     figures = {
@@ -97,7 +98,7 @@ def evaluate_run(
         **_compare(task.metrics, regression, predictions, map_predictions, held),
         "uncertainty": evaluation.uncertainty(regression, predictions),
         **evaluation.against_truth(predictions),
-        "diagnostics": run_diagnostics(root, full.provenance.sampler.get("dropped_chains") or []),
+        "diagnostics": _diagnostics(root, full),
         "parameters": evaluation.parameter_statistics(chain_norm(chosen.state()).numpy()),
         "cost": _cost(root, time.monotonic() - began),
         "own_metrics": list(task.metrics),
@@ -145,9 +146,13 @@ def _inputs(
 ) -> tuple[TokenisedSet, TokenisedSet | None, HuggingFaceLora]:
     """The split and the held-out share as tokens, and the model."""
     task = task_of(config)
-    if setup is not None and split == task.default_split:
-        return setup.evaluation, setup.validation, setup.model
-    folder = data_folder(config)
+    folder, length = data_folder(config), config.data.max_length
+    if setup is not None:
+        data = setup.evaluation
+        if split != task.default_split:
+            examples = load_split(task, split, data_dir=folder, notify=progress.say)
+            data = TokenisedSet(examples, setup.tokenizer, length, default_folder())
+        return data, setup.validation, setup.model
     ask_hub_once(task, resolve_model(config.model.name), folder)
     from transformers import AutoTokenizer
 
@@ -155,7 +160,6 @@ def _inputs(
     held_out = load_training_data(config, task, folder)[1]
     model = load_model(full.provenance, resolve_device(config.device))
     tokenizer = load_pretrained(AutoTokenizer, model.info.source)
-    length = config.data.max_length
     held = None if held_out is None else TokenisedSet(held_out, tokenizer, length, default_folder())
     return TokenisedSet(examples, tokenizer, length, default_folder()), held, model
 
@@ -184,6 +188,22 @@ def _adaptive(tolerance: float | None, p: Predictions) -> Figures:
     if p.members_used is None:
         return {}
     return {"adaptive": {"tolerance": tolerance, "members_used": float(p.members_used.mean())}}
+
+
+def _kind(full: Ensemble) -> str:
+    return "MAP fits" if full.provenance.sampler["name"] == MAP else "LoRA samples"
+
+
+def _diagnostics(root: Path, full: Ensemble) -> Figures:
+    sampler = full.provenance.sampler
+    dropped = sampler.get("dropped_chains") or []
+    if sampler["name"] != MAP:
+        return run_diagnostics(root, dropped)
+    from bayesian_lora import diagnostics  # with SciPy's statistics, which are felt
+
+    figures = diagnostics.summarise({}) | {"dropped_chains": dropped, "departures": None}
+    figures |= {"t_eff": None, "t_eff_reason": "", "departures_reason": ""}
+    return figures | {name: NO_SAMPLING for name in figures if name.endswith("reason")}
 
 
 def run_diagnostics(root: Path, dropped: list[Figures]) -> Figures:
@@ -238,7 +258,7 @@ def _lines(figures: Figures, full: Ensemble) -> list[str]:
     notes = [f"Sampler: {sampler['name']} ({sampler['exactness']}), starts: {sampler['starts']}"]
     if sampler.get("law"):
         notes.append(f"Law on a quadratic: {sampler['law']}")
-    if sampler["tempering"] != "posterior":
+    if sampler["tempering"] not in ("posterior", "none"):
         notes.append(f"Temperature {sampler['temperature']:g}: a {sampler['tempering']} posterior")
     lines = summary.evaluation_lines(figures)
     return [*lines, "", *summary.table_lines(figures), "", *notes, *summary.closing_lines(figures)]

@@ -6,9 +6,10 @@ Each goes on from where a run's checkpoint stands.
 import dataclasses
 
 from bayesian_lora.account import Account, account_lines
+from bayesian_lora.config import MAP
 from bayesian_lora.data.batching import BatchOrder, TokenisedSet
 from bayesian_lora.data.preparation import fixed_part
-from bayesian_lora.experiment.priors import prior_lines, search_lines, search_prior
+from bayesian_lora.experiment.priors import prior_lines, schedule_of, search_lines, search_prior
 from bayesian_lora.experiment.provenance import tempering
 from bayesian_lora.experiment.run import Run
 from bayesian_lora.experiment.samplers import idle_keys, make_chains, open_account
@@ -77,25 +78,25 @@ def _fit(run: Run) -> int:
         setup.groups,
         order,
         epochs=train.epochs,
-        lr=train.lr,
-        warmup_share=train.warmup_share,
+        **schedule_of(train),
         validation=setup.validation,
         early_stopping=train.early_stopping,
         patience=train.patience,
         dropout=setup.streams.dropout[first],
         lose=run.lose,
     )
-    fits = "one shared fit" if shared else f"{setup.model.num_chains} chains at once"
-    run.progress.say(
-        f"Training with AdamW for {train.epochs} epochs "
-        f"(warm start of {config.sampler.name}, {fits})..."
-    )
+    chains = setup.model.num_chains
+    several = f"{chains} chains at once" if chains > 1 else "one chain"
+    fits = "one shared fit" if shared else several
+    name = config.sampler.name
+    what = f"warm start of {name}" if name != MAP else "no sampling: of sampler only chains counts"
+    run.progress.say(f"Training with AdamW for {train.epochs} epochs ({what}, {fits})...")
     if run.resumed is not None:
         run.state.load_state_dict(run.resumed["state"])
         run.resumed = None  # else the whole state is held a second time
     run.logger.begin("map", warm.total)
     with run.stepping():
-        warm.run(run.on_step, lambda report: _say_epoch(run, report))
+        warm.run(run.on_step, lambda report: _epoch_ended(run, report))
     run.progress.end()
     run.state.warm = None
     return warm.step
@@ -165,7 +166,9 @@ def _say_initial(run: Run) -> None:
     run.progress.say(f"(on {len(data)} of {len(held_out)} held-out examples)\n")
 
 
-def _say_epoch(run: Run, report: EpochReport) -> None:
+def _epoch_ended(run: Run, report: EpochReport) -> None:
+    assert run.metrics is not None
+    run.metrics.epoch(report, run.alive)
     parts = [f"Train loss: {float(report.train_loss.mean()):.4f}"]
     if report.validation_loss is not None:
         parts.append(f"Val loss: {float(report.validation_loss.mean()):.4f}")

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from bayesian_lora.config import MAP
+from bayesian_lora.config_schema import TrainConfig
 from bayesian_lora.data.batching import BatchOrder
-from bayesian_lora.experiment.setup import Setup, build_model, start_at_mean
+from bayesian_lora.experiment.building import build_model, start_at_mean
+from bayesian_lora.experiment.setup import Setup
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.posterior import delta_w_prior_std
 from bayesian_lora.utils.rng import chain_generators
@@ -49,8 +52,7 @@ def search_prior(setup: Setup, on_step: Callable[[StepReport], None]) -> dict[st
         prior_groups(model, stds, config.prior.head_std),
         BatchOrder(len(setup.train), config.data.batch_size, order),
         epochs=max(1, config.train.epochs),
-        lr=config.train.lr,
-        warmup_share=config.train.warmup_share,
+        **schedule_of(config.train),
         validation=setup.validation,
         early_stopping=True,
         dropout=dropout,
@@ -60,6 +62,12 @@ def search_prior(setup: Setup, on_step: Callable[[StepReport], None]) -> dict[st
     losses = warm.best_loss.tolist()
     best = min(range(len(candidates)), key=losses.__getitem__)
     return {"std": candidates[best], "candidates": candidates, "validation_nll": losses}
+
+
+def schedule_of(train: TrainConfig) -> dict[str, Any]:
+    """A fit's learning rates, as `WarmStart` takes them."""
+    names = ("lr", "warmup_share", "schedule", "plateau_factor", "plateau_patience")
+    return {name: getattr(train, name) for name in names}
 
 
 def search_lines(found: dict[str, Any]) -> list[str]:
@@ -94,7 +102,7 @@ def _slow_warning(setup: Setup) -> list[str]:
     """
     s, n = setup.config.sampler, len(setup.train)
     planned = s.burn_in + s.thin * (s.num_samples // s.chains)
-    if s.step_size == "auto" or s.name in {"psgld", "sghmc", "sgnht"}:
+    if s.step_size == "auto" or s.name in {MAP, "psgld", "sghmc", "sgnht"}:
         return []
     needed = n * setup.prior.std**2 / s.step_size
     if needed <= planned:

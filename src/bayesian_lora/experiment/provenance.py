@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from bayesian_lora.config import SAMPLERS
+from bayesian_lora.config import MAP, SAMPLERS
 from bayesian_lora.experiment.setup import Setup
 from bayesian_lora.manifest import Provenance
 from bayesian_lora.sampling import Chains
@@ -37,6 +37,8 @@ def provenance(
 
 def _sampler(setup: Setup, chains: Chains | None) -> dict[str, Any]:
     s = setup.config.sampler
+    if s.name == MAP:
+        return _fits(setup)
     measured = chains is not None and "watch" in chains.sampler.memory
     shared = setup.config.train.starts == "shared"
     given = {key: getattr(s, key) for key in SAMPLERS[s.name]}
@@ -50,8 +52,30 @@ def _sampler(setup: Setup, chains: Chains | None) -> dict[str, Any]:
         "exactness": None if chains is None else chains.sampler.exactness,
         "law": None if chains is None else chains.sampler.law,
         "variance_reduction": s.variance_reduction,
-        "chains": s.chains,
-        "starts": "within one mode" if shared else "independent",
+        **_common(setup, "within one mode" if shared else "independent"),
+    }
+
+
+def _fits(setup: Setup) -> dict[str, Any]:
+    """Where nothing was sampled; the fit is what a posterior's temperature 0 would leave."""
+    several = setup.config.sampler.chains > 1
+    return {
+        "name": MAP,
+        "step_size": None,
+        "temperature": 0.0,
+        "tempering": "none",
+        "t_eff": None,
+        "exactness": "MAP fits, not posterior draws" if several else "a MAP fit, no posterior draw",
+        "law": None,
+        "variance_reduction": False,
+        **_common(setup, "independent"),
+    }
+
+
+def _common(setup: Setup, starts: str) -> dict[str, Any]:
+    return {
+        "chains": setup.config.sampler.chains,
+        "starts": starts,
         "num_examples": len(setup.train),
         "prior": dataclasses.asdict(setup.prior),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from bayesian_lora.config import Config, load_run_config
+from bayesian_lora.config import MAP, Config, load_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.cells import differences, identity, settings_of
 from bayesian_lora.experiment.setup import Setup, run_facts
@@ -53,11 +53,12 @@ def find_earlier(config: Config, resume: bool = True) -> bool:
             f"output.dir={str(root)!r} holds a run ({status}) of another config "
             f"({'; '.join(found)}): {ELSEWHERE}"
         )
+    drawn = config.sampler.name != MAP
+    longer_words = "extend it with a larger sampler.num_samples, " if drawn else ""
     if status == "finished" and not longer and _has_figures(root):
         raise InputError(
             f"output.dir={str(root)!r} already holds this run (status: finished): evaluate it with "
-            f"'bayesian-lora eval {root}', extend it with a larger sampler.num_samples, or "
-            f"{ELSEWHERE}"
+            f"'bayesian-lora eval {root}', {longer_words}or {ELSEWHERE}"
         )
     return True
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bayesian_lora.account import Account
-from bayesian_lora.config import dump_run_config, load_run_config
+from bayesian_lora.config import MAP, dump_run_config, load_run_config
 from bayesian_lora.config_checks import least_chains
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.experiment.cells import identity
@@ -24,6 +24,7 @@ from bayesian_lora.experiment.resume import (
     check_same_inputs,
     read_state,
 )
+from bayesian_lora.experiment.run_metrics import RunMetrics
 from bayesian_lora.experiment.setup import Prior, Setup, run_facts
 from bayesian_lora.experiment.step_log import StepLogger
 from bayesian_lora.manifest import write_manifest
@@ -67,6 +68,7 @@ class Run:
         self.alive = list(range(self.config.sampler.chains))
         self.seconds = {"train_s": 0.0, "sample_s": 0.0}
         self.logger = StepLogger(folder, progress, self.config.sampler.temperature, self.alive)
+        self.metrics: RunMetrics | None = None
         self.account: Account | None = None
         self.prior_search: dict[str, Any] | None = None
         self.dropped: list[dict[str, Any]] = []
@@ -85,6 +87,7 @@ class Run:
         if tree is None:
             self.folder.begin(dump_run_config(self.config), run_facts(self.setup))
             self.opened = True
+            self.metrics = RunMetrics(self.setup, root)
             return
         for warning in [*check_same_inputs(root, self.setup), *([trouble] if trouble else [])]:
             self.progress.say(f"Warning: {warning}")
@@ -98,6 +101,7 @@ class Run:
             drop_newest(root / "checkpoint")
         write_atomic(root / "config.yaml", dump_run_config(self.config))
         self.opened, self.resumed, self.stage = True, tree, tree["stage"]
+        self.metrics = RunMetrics(self.setup, root, tree.get("metrics_bytes", 0))
         self.setup.prior, self.prior_search = Prior(**tree["prior"]), tree["prior_search"]
         self.seconds, self.before_collection = tree["seconds"], tree["before_collection"]
         self.dropped, self.departures = tree["dropped"], tree["departures"]
@@ -128,6 +132,7 @@ class Run:
             "state": self.state.state_dict(),
             "writer": self.writer.state_dict(),
             "folder": self.folder.position(),
+            "metrics_bytes": 0 if self.metrics is None else self.metrics.position,
             "prior": dataclasses.asdict(self.setup.prior),
             "prior_search": self.prior_search,
             "account": None if account is None else dataclasses.asdict(account),
@@ -140,6 +145,11 @@ class Run:
         }
         write_checkpoint(self.folder.root / "checkpoint", tree)
         self._saved = time.monotonic()
+
+    def close(self) -> None:
+        """Whatever is open besides the folder: the tracker."""
+        if self.metrics is not None:
+            self.metrics.close()
 
     def on_step(self, report: StepReport) -> None:
         """After every step of any phase: log, warn, checkpoint where one is due."""
@@ -243,7 +253,9 @@ class Run:
 
     @property
     def records(self) -> list[MemberRecord]:
-        """Of the members so far, without the chains that were dropped."""
+        """Of the members so far, without the chains that were dropped; of ``map`` the starts."""
+        if self.config.sampler.name == MAP:
+            return self.start_records
         return [record for record in self.writer.records if record.chain in self.alive]
 
     def save(self) -> None:

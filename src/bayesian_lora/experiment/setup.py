@@ -3,8 +3,6 @@
 Shapes: M chains, K members.
 """
 
-import dataclasses
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from bayesian_lora.config import Config
+from bayesian_lora.data import preparation
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.glue_datasets import get_task, load_split
@@ -25,19 +24,21 @@ from bayesian_lora.data.preparation import (
 )
 from bayesian_lora.data.tasks import TaskSpec, custom_task
 from bayesian_lora.data.token_cache import default_folder
-from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.building import (
+    build_model,
+    chain_seeds,
+    make_streams,
+    resolve_device,
+    start_at_mean,
+)
 from bayesian_lora.experiment.cells import identity
-from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
+from bayesian_lora.models.hf_lora import HuggingFaceLora
 from bayesian_lora.models.sources import ModelSource, load_pretrained, resolve_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.progress import Progress
 from bayesian_lora.sampling import Streams
 from bayesian_lora.utils.hub import offline_if_unreachable
-from bayesian_lora.utils.rng import chain_generators, derive_seed
-
-DATA_VARIABLE = "BAYESIAN_LORA_DATA"
-STREAMS = tuple(field.name for field in dataclasses.fields(Streams))
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,7 @@ def data_folder(config: Config) -> Path | None:
     Raises:
         InputError: it is not a folder.
     """
-    name = config.data.dir or os.environ.get(DATA_VARIABLE)
-    if not name:
-        return None
-    if not Path(name).is_dir():
-        origin = "data.dir" if config.data.dir else DATA_VARIABLE
-        raise InputError(f"{origin}={name!r} is not a folder; name a folder of data or unset it")
-    return Path(name)
+    return preparation.data_folder(config.data.dir)
 
 
 def load_training_data(
@@ -142,24 +137,6 @@ def ask_hub_once(task: TaskSpec, source: ModelSource, folder: Path | None) -> No
     local_data = task.hub_path is None or (folder is not None and task.local is not None)
     if not (local_data and Path(source.path).is_dir()):
         offline_if_unreachable()
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        InputError: unknown, or not on this machine.
-    """
-    available = {"cpu": True, "cuda": torch.cuda.is_available()}
-    available["mps"] = torch.backends.mps.is_available()
-    if name == "auto":
-        return torch.device(next(d for d in ("cuda", "mps", "cpu") if available[d]))
-    kind, _, index = name.partition(":")
-    if kind not in available or (index and not index.isdigit()):
-        raise InputError(f"device={name!r}: choose auto, cpu, cuda, cuda:<number> or mps")
-    if not available[kind] or (index and int(index) >= torch.cuda.device_count()):
-        raise InputError(f"device={name!r} is not available on this machine; use device=auto")
-    return torch.device(name)
 
 
 def prepare(config: Config, progress: Progress) -> Setup:
@@ -207,55 +184,6 @@ def prepare(config: Config, progress: Progress) -> Setup:
     for line in _model_lines(setup):
         progress.say(line)
     return setup
-
-
-def build_model(
-    config: Config,
-    source: ModelSource,
-    num_labels: int,
-    device: torch.device,
-    chains: int | None = None,
-) -> HuggingFaceLora:
-    """The chain-dimensional model; chains that share one start are fitted as one."""
-    lora = config.model.lora
-    if chains is None:
-        chains = 1 if config.train.starts == "shared" else config.sampler.chains
-    return build_huggingface_lora_model(
-        source,
-        num_labels,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        rslora=lora.rslora,
-        chains=chains,
-        seed=config.seed,
-        device=device,
-        dtype=config.model.dtype,
-    )
-
-
-def make_streams(config: Config, device: torch.device) -> Streams:
-    """Every chain's generators; what acts on tensors draws on their device."""
-    seed, numbers = config.seed, range(config.sampler.chains)
-    on = {"dropout": device, "noise": device}
-    return Streams(
-        **{name: chain_generators(seed, numbers, name, on.get(name, "cpu")) for name in STREAMS}
-    )
-
-
-def chain_seeds(config: Config) -> dict[str, list[int]]:
-    """What every chain's generators were seeded with, by purpose; see `utils.rng`."""
-    purposes, numbers = ("init", *STREAMS), range(config.sampler.chains)
-    return {name: [derive_seed(config.seed, m, name) for m in numbers] for name in purposes}
-
-
-@torch.no_grad()
-def start_at_mean(model: HuggingFaceLora, mean: float) -> None:
-    """Regression heads begin at the labels' mean, not at 0."""
-    last = list(model.head_layers().values())[-1]
-    if last.bias is not None:
-        last.bias.fill_(mean)
 
 
 def _data_lines(raw: RawData) -> list[str]:

@@ -1,15 +1,19 @@
-"""A config → a run folder: warm start, burn-in, collection, evaluation; stopped, it goes on."""
+"""A config → a run folder: warm start, burn-in, collection, evaluation; stopped, it goes on.
+
+With ``sampler.name: map`` the warm starts are the members, and sampling is left out.
+"""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from bayesian_lora.config import Config
+from bayesian_lora.config import MAP, Config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment import phases
 from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.experiment.resume import Stop, find_earlier
 from bayesian_lora.experiment.run import Run
+from bayesian_lora.experiment.run_metrics import evaluated_splits
 from bayesian_lora.experiment.setup import prepare
 from bayesian_lora.experiment.starts import check_starts, find_starts
 from bayesian_lora.progress import Progress
@@ -17,6 +21,7 @@ from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.utils.checkpoint import has_checkpoint
 from bayesian_lora.utils.lock import locked
+from bayesian_lora.utils.tracking import check_tracker
 
 
 def train(config: Config, progress: Progress | None = None, resume: bool = True) -> Path:
@@ -36,6 +41,7 @@ def train(config: Config, progress: Progress | None = None, resume: bool = True)
     """
     progress = progress or Progress()
     assert config.output.dir is not None
+    check_tracker(config.track)
     folder = RunFolder(config.output.dir)
     begun = find_earlier(config, resume) and has_checkpoint(folder.root / "checkpoint")
     starts = None if begun else find_starts(config)  # a run that goes on has its own
@@ -44,16 +50,28 @@ def train(config: Config, progress: Progress | None = None, resume: bool = True)
         check_starts(setup, *starts)
     with locked(folder.root), Stop().installed() as stop:
         run = Run(setup, folder, progress, stop, None if starts is None else starts[0])
-        with _recorded(run):
-            run.open(go_on=find_earlier(config, resume))
-            with run.timed("train_s"):
-                phases.warm_start(run)
-            with run.timed("sample_s"):
-                phases.sample(run)
-            folder.finish("sampled", **run.facts())
-        evaluate_run(folder.root, progress=progress, setup=setup)
-        folder.finish("finished", **run.facts())
+        with closing(run):
+            with _recorded(run):
+                run.open(go_on=find_earlier(config, resume))
+                with run.timed("train_s"):
+                    phases.warm_start(run)
+                if config.sampler.name != MAP:
+                    with run.timed("sample_s"):
+                        phases.sample(run)
+                folder.finish("sampled", **run.facts())
+            _evaluate(run)
+            folder.finish("finished", **run.facts())
     return folder.root
+
+
+def _evaluate(run: Run) -> None:
+    """Figures of every split that the run's end has time for, and the last row of `metrics.csv`."""
+    assert run.metrics is not None
+    found = {
+        split: evaluate_run(run.folder.root, split=split, progress=run.progress, setup=run.setup)
+        for split in evaluated_splits(run.setup)
+    }
+    run.metrics.evaluated(found)
 
 
 @contextmanager

@@ -42,13 +42,18 @@ class Thinning:
         return step // self.thin - 1 if step and step % self.thin == 0 else None
 
 
-def warmup_linear_decay(step: int, *, warmup: int, total: int) -> float:
-    """Learning-rate factor: linear from 0 to 1 over `warmup` steps, then linear to 0 at `total`.
+def warmup_constant(step: int, *, warmup: int) -> float:
+    """Learning-rate factor: linear from 0 to 1 over `warmup` steps, then 1.
 
     The first step is 1/(warmup + 1), never 0, so that no step of a short run is lost.
     """
+    return min(1.0, (step + 1) / (warmup + 1))
+
+
+def warmup_linear_decay(step: int, *, warmup: int, total: int) -> float:
+    """Learning-rate factor: `warmup_constant` over `warmup` steps, then linear to 0 at `total`."""
     if step < warmup:
-        return (step + 1) / (warmup + 1)
+        return warmup_constant(step, warmup=warmup)
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
