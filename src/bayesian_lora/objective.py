@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.data.batching import Batch, TokenisedSet
 from bayesian_lora.models.chain_lora import ChainModel
 from bayesian_lora.posterior import LikelihoodName, PriorGroup, negative_log_likelihood
 from bayesian_lora.predict import predict_logits
@@ -73,14 +73,10 @@ class Objective:
             size = micro_batch or self._pass_size(rows)
             for batch in self.data.micro_batches(rows, size, self.model.device):
                 outputs = self.model(**batch.inputs)
-                noise = None if self.log_noise is None else self.log_noise.exp()
-                nll = negative_log_likelihood(self.likelihood, outputs, batch.labels, noise)
-                loss = nll.mean(1) * batch.share
+                loss = self.losses(outputs, batch).mean(1) * batch.share
                 loss.sum().backward()
                 total = total + loss.detach()
-                correct += (outputs.detach().argmax(-1) == batch.labels).float().mean(
-                    1
-                ) * batch.share
+                correct += self.right(outputs.detach(), batch).float().mean(1) * batch.share
             self.evaluations += evaluations
             if not called:
                 self.accuracy = correct if self.likelihood == "categorical" else None
@@ -90,6 +86,15 @@ class Objective:
             return total
 
         return compute
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """What is descended on, of every example (M, b): the negative log-likelihood."""
+        noise = None if self.log_noise is None else self.log_noise.exp()
+        return negative_log_likelihood(self.likelihood, outputs, batch.labels, noise)
+
+    def right(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Whether the most probable class is the label, (M, b)."""
+        return outputs.argmax(-1) == batch.labels
 
     def _pass_size(self, rows: np.ndarray) -> int | None:
         """Examples of a chain in one forward pass over rows (M, B); None is all."""

@@ -8,8 +8,7 @@ one chain behind those of another.
 
 import inspect
 import math
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -23,6 +22,7 @@ from bayesian_lora.models.flat import CURRENT, flat_of, in_precision
 from bayesian_lora.models.flat_attention import family_of, flat_forward, prepare
 from bayesian_lora.models.frozen_linear import frozen_linear
 from bayesian_lora.models.lora_update import add_lora
+from bayesian_lora.models.turn import Turn
 from bayesian_lora.utils.lora_params import num_chains
 
 # Tokens of a forward pass, over all its chains: large enough for the matrix products, small enough
@@ -51,6 +51,8 @@ class ChainLora(nn.Module):
         b = torch.zeros(chains, base.out_features, rank, device=like.device, dtype=like.dtype)
         self.lora_A = nn.Parameter(a)
         self.lora_B = nn.Parameter(b)
+        self.mix: Callable[..., Tensor] | None = None
+        """Adds the update in another way (`models.mixing`)."""
         self.merged: Tensor | None = None
         """W + s·B_k A_k while one member alone is on (`ChainModel.member`)."""
 
@@ -79,6 +81,8 @@ class ChainLora(nn.Module):
         rows = self._rows_per_chain(inputs.shape[0])
         out = self.base(inputs)
         low = self.dropout(inputs.to(out.dtype), rows)  # autocast may have lowered the precision
+        if self.mix is not None:
+            return self.mix(out, inputs, low, rows).reshape(*x.shape[:-1], -1)
         out = add_lora(out, low, self.lora_A, self.lora_B, self.scaling, rows)
         return out.reshape(*x.shape[:-1], -1)
 
@@ -118,22 +122,6 @@ class ChainLinear(nn.Module):
         if self.bias is not None:
             out = out + self.bias[:, None]
         return out.reshape(*x.shape[:-1], width_out)
-
-
-class Turn:
-    """A thread's turn at a model; copies and pickles have one of their own."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-
-    def __reduce__(self) -> tuple[type["Turn"], tuple[()]]:
-        return Turn, ()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 class ChainModel(nn.Module):
@@ -203,20 +191,32 @@ class ChainModel(nn.Module):
     @contextmanager
     def member(self, k: int) -> Iterator[None]:
         """Member k alone, its updates merged into the frozen weights: for inference."""
-        lora, head = self.lora_layers().values(), self.head_layers().values()
+        with self._one_chain(k):
+            for layer in self.lora_layers().values():
+                layer.merge(k)
+            yield
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The frozen weights alone, as one chain, under member 0's head: for inference."""
+        with self._one_chain(0):
+            for layer in self.lora_layers().values():
+                layer.merged = layer.base.weight.detach()
+            yield
+
+    @contextmanager
+    def _one_chain(self, k: int) -> Iterator[None]:
         with self.turn:
             try:
-                for layer in lora:
-                    layer.merge(k)
-                for linear in head:
-                    linear.only = k
                 self._alone = True
+                for linear in self.head_layers().values():
+                    linear.only = k
                 yield
             finally:
                 self._alone = False
-                for layer in lora:
+                for layer in self.lora_layers().values():
                     layer.merged = None
-                for linear in head:
+                for linear in self.head_layers().values():
                     linear.only = None
 
     @torch.no_grad()

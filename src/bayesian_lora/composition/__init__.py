@@ -1,0 +1,1 @@
+"""Adapters stacked, compared, trained further, grown and gated."""
