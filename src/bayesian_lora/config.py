@@ -9,7 +9,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -30,8 +30,12 @@ __all__ = [
     "dump_run_config",
     "load_config",
     "load_run_config",
+    "read_mapping",
+    "validated",
     "value_of",
 ]
+
+Schema = TypeVar("Schema")
 
 DEEPEST, LARGEST, REFERENCES = 20, 2**63, 20
 """Brackets within brackets, whole numbers, and ``${…}`` or ``*name`` (each may double what is
@@ -59,6 +63,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             value out of range, or keys that contradict each other.
     """
     path = Path(path)
+    config = build_config(read_mapping(path), overrides, source=str(path))
+    if config.output.dir is None:
+        config.output.dir = str(Path("runs") / path.stem)
+    return config
+
+
+def read_mapping(path: Path) -> DictConfig:
+    """A YAML file whose top is a mapping, read without harm; errors as in `load_config`."""
     if not path.is_file():
         raise InputError(f"config {str(path)!r} not found: give the path of a YAML file")
     try:
@@ -69,10 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(raw, DictConfig):
         raise InputError(f"{path}: a config is a mapping of keys to values, found a list")
-    config = build_config(raw, overrides, source=str(path))
-    if config.output.dir is None:
-        config.output.dir = str(Path("runs") / path.stem)
-    return config
+    return raw
 
 
 def _require_shallow(text: str) -> None:
@@ -94,9 +103,22 @@ def build_config(
     raw: DictConfig | dict[str, Any], overrides: Sequence[str] = (), *, source: str = "config"
 ) -> Config:
     """Validate a mapping and its overrides against the schema; errors as in `load_config`."""
+    config = validated(Config, raw, overrides, source)
+    config.sampler = without_idle(config.sampler)
+    check_consistency(config)
+    return config
+
+
+def validated(
+    schema: type[Schema],
+    raw: DictConfig | dict[str, Any],
+    overrides: Sequence[str],
+    source: str,
+) -> Schema:
+    """A mapping and its overrides as the schema's dataclasses; errors as in `load_config`."""
     _check_tree(_plain(raw), source)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), raw)
     except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
     for item in overrides:
@@ -107,10 +129,8 @@ def build_config(
         config = OmegaConf.to_object(merged)
     except _WRONG as error:
         raise InputError(f"{source}: {_explain(error)}") from error
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     _check_tree(dataclasses.asdict(config), source)  # type: ignore[call-overload]
-    config.sampler = without_idle(config.sampler)
-    check_consistency(config)
     return config
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from bayesian_lora import __version__
-from bayesian_lora.cli import compare
+from bayesian_lora.cli import compare, gate, retrain, sequential, similarity, stack, study
 from bayesian_lora.errors import InputError
 
 app = typer.Typer(
@@ -85,7 +85,8 @@ def train(
     "bayesian-lora eval runs/demo\n\n"
     "bayesian-lora eval runs/demo --split shifted\n\n"
     "bayesian-lora eval configs/experiment_sst2_bert_sgld.yaml --k 10\n\n"
-    "bayesian-lora eval runs/demo --tolerance 0.01",
+    "bayesian-lora eval runs/demo --tolerance 0.01\n\n"
+    "bayesian-lora eval runs/stack-sst2-cola",
 )
 def evaluate(
     run: Annotated[
@@ -103,6 +104,10 @@ def evaluate(
     """
     if single and k is not None:
         raise InputError(f"--k {k} and --single exclude each other: give one of them")
+    if (Path(run) / "stack.json").is_file():
+        chosen = k is not None or single or tolerance is not None
+        _evaluate_stack(run, overrides or (), split, chosen)
+        return
     root, data_dir, device = _locate(run, overrides or ())
     from bayesian_lora.experiment.evaluate import evaluate_run
 
@@ -145,6 +150,37 @@ def verify(
 
 
 app.command(epilog=compare.EPILOG)(compare.compare)
+app.command(epilog=stack.EPILOG)(stack.stack)
+app.command(epilog=retrain.EPILOG)(retrain.retrain)
+app.command(epilog=gate.EPILOG)(gate.gate)
+app.command(epilog=sequential.EPILOG)(sequential.sequential)
+app.command(epilog=study.EPILOG)(study.study)
+app.command(epilog=similarity.EPILOG)(similarity.similarity)
+
+
+def _evaluate_stack(run: str, overrides: Sequence[str], split: str | None, chosen: bool) -> None:
+    """Every task that a stack carries; `chosen`: whether members were."""
+    if chosen:
+        raise InputError(
+            f"{run}: a stack; --k, --single and --tolerance are for runs, leave them out"
+        )
+    given = dict(item.partition("=")[::2] for item in overrides)
+    if odd := sorted(given.keys() - {"data.dir", "device"}):
+        raise InputError(f"{odd[0]}: a stack takes data.dir=… and device=… alone; leave it out")
+    where, device = given.get("data.dir"), given.get("device", "auto")
+    if (Path(run) / "gate.safetensors").is_file():
+        if split is not None:
+            raise InputError(
+                f"--split {split}: a gate is measured on the mixture of its tasks' default splits; "
+                "leave it out"
+            )
+        from bayesian_lora.experiment.gating import evaluate_gated
+
+        evaluate_gated(run, data_dir=where, device=device)
+        return
+    from bayesian_lora.cli.eval_stack import evaluate_folder
+
+    evaluate_folder(run, split=split, data_dir=where, device=device)
 
 
 def _locate(run: str, overrides: Sequence[str]) -> tuple[Path, str | None, str | None]:
