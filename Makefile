@@ -14,7 +14,7 @@ LOCAL := mrpc-minilm-sgld sst2-minilm-sgld
 EXPERIMENTS := sst2-bert-sgld sst2-roberta-sam-sgld mrpc-distilbert-asgld imdb-bert-sam-sgld-r1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo verify compare-sst2-bert compare-mrpc-minilm test test-all lint clean experiments-all eval-all \
+.PHONY: help setup demo verify lora-ensembling compare-sst2-bert compare-mrpc-minilm test test-all lint clean experiments-all eval-all \
 	$(addprefix experiment-,$(EXPERIMENTS)) $(addprefix eval-,$(EXPERIMENTS)) $(addprefix experiment-,$(LOCAL)) $(addprefix eval-,$(LOCAL))
 
 help: ## list the targets
@@ -34,10 +34,10 @@ demo: setup ## the main job on the embedded task: fit, sample, evaluate (under 3
 	$(BIN)/bayesian-lora train configs/demo.yaml output.overwrite=true $(ARGS)
 
 test: setup ## the quick tests
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m "not slow and not gpu" $(ARGS)
 
 test-all: setup ## every test, slow statistical and real-data ones too (GPU ones skip without one)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 lint: setup ## style and types
 	$(BIN)/ruff check .
@@ -88,6 +88,9 @@ compare-sst2-bert: setup ## the four seed samplers on SST-2 from one warm start,
 
 compare-mrpc-minilm: setup ## all eight samplers on MRPC, packaged encoder (local data, no hub)
 	$(BIN)/bayesian-lora compare configs/experiment_comparison_mrpc_minilm.yaml $(ARGS)
+
+lora-ensembling: setup ## the LoRA-ensembling study: stacks, similarity, growth, gates, one report
+	$(BIN)/bayesian-lora study configs/lora_ensembling/study.yaml $(ARGS)
 
 experiments-all: $(addprefix experiment-,$(EXPERIMENTS)) ## all four experiments (make -k goes on after a failure)
 
