@@ -153,7 +153,7 @@ class Runner:
             return
         self.progress.say(f"\n{title}")
         folder = self._make_room(step)
-        began = time.monotonic()
+        began, before = time.monotonic(), entry["seconds"] or 0.0
         entry |= {"status": "running", "error": None}
         self._write_step(step.name)
         try:
@@ -162,13 +162,13 @@ class Runner:
             entry |= {"status": "failed", "error": str(error)}
             self.progress.say(f"{title} failed: {error}")
         else:
-            spent = round(time.monotonic() - began + (entry["seconds"] or 0.0), 2)
-            entry |= {"status": "finished", "figures": figures, "seconds": spent}
+            entry |= {"status": "finished", "figures": figures}
             self.context.figures[step.name] = figures
-            so_far = _clock(time.monotonic() - self.began)
-            self.progress.say(f"{title}: done in {_clock(spent)} ({so_far} since the start)")
+            spent, so_far = (_clock(time.monotonic() - t) for t in (began, self.began))
+            self.progress.say(f"{title}: done in {spent} ({so_far} since the start)")
         finally:
             self.progress.end()
+            entry["seconds"] = round(time.monotonic() - began + before, 2)
             self._write_step(step.name)
 
     def record(self) -> Entry:

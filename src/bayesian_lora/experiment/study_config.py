@@ -63,6 +63,11 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
             baselines[task] = study.run_config(task, root)
         except InputError as error:
             raise InputError(f"tasks.{task}: {error}") from error
+        if not baselines[task].data.validation_share:
+            raise InputError(
+                f"tasks.{task}: data.validation_share=0: further training and gates need what its "
+                "baseline held out; set 0.1"
+            )
     return dataclasses.replace(study, baselines=baselines)
 
 
@@ -102,6 +107,19 @@ def _check_names(config: StudyConfig) -> None:
     for where in ("further", "gates"):
         stack = getattr(config, where).stack
         _check_known(f"{where}.stack", [stack] if stack else [], config.stacks, "stacks")
+    for what, many in (
+        ("gates.kinds", config.gates.kinds),
+        ("gates.unfrozen", config.gates.unfrozen),
+        ("rank_study.ranks", config.rank_study.ranks),
+    ):
+        if len(set(many)) < len(many):
+            raise InputError(f"{what}: {', '.join(map(str, many))} has one twice; leave one out")
+    experts = len(config.stacks.get(config.gates.stack or "", ()))
+    if experts and (config.gates.top_k or 1) > experts:
+        raise InputError(
+            f"gates.top_k={config.gates.top_k}: the stack has {experts} experts; choose 1 to "
+            f"{experts}, or null for all"
+        )
     if config.experts is not None and config.gates.stack is None:
         raise InputError("experts: gates over ensembles need gates.stack; name one of the stacks")
     if config.further.stack is not None:

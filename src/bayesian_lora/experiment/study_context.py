@@ -1,6 +1,5 @@
 """What the steps of a study share: its settings, what earlier steps made, data read once."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +18,15 @@ from bayesian_lora.composition.stack_evaluation import (
 )
 from bayesian_lora.composition.stack_files import read_stack
 from bayesian_lora.composition.stack_model import load_tokenizer
-from bayesian_lora.composition.task_data import TaskData, load_task_data, task_spec
+from bayesian_lora.composition.task_data import TaskData, task_spec
 from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.data.examples import stratified_subset
 from bayesian_lora.data.glue_datasets import load_split
 from bayesian_lora.data.preparation import fixed_part
 from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.ensemble import Ensemble, load_model
 from bayesian_lora.experiment.building import resolve_device
-from bayesian_lora.experiment.setup import data_folder
+from bayesian_lora.experiment.setup import data_folder, load_training_data
 from bayesian_lora.experiment.study_config import Study
 from bayesian_lora.experiment.study_schema import RecipeConfig
 from bayesian_lora.progress import Progress
@@ -122,18 +122,20 @@ class Context:
 
     def task_data(self, task: StackTask, stack: Stack, recipe: RecipeConfig) -> TaskData:
         """The sets of one task, which a stack of the same base says how to read."""
-        key = (task.name, recipe.train_examples, recipe.validation_share)
+        key = (task.name, recipe.train_examples)
         if key not in self._data:
-            found = load_task_data(
-                task,
-                self.tokenizer(stack),
-                data_dir=self.data_dir,
-                train_examples=recipe.train_examples,
-                validation_share=recipe.validation_share,
-                seed=self.seed,
-            )
-            own = self._evaluation(task, stack)
-            self._data[key] = dataclasses.replace(found, evaluation=own)
+            spec, own = task_spec(task), self.study.baselines[task.name]
+            # What its adapter was fitted on and what was held out of that, so that nothing held
+            # out here has been seen by an adapter.
+            train, held_out = load_training_data(own, spec, self.data_dir)
+            assert held_out is not None
+            if recipe.train_examples is not None and recipe.train_examples < len(train):
+                train = stratified_subset(train, recipe.train_examples, self.seed)
+            sets = [
+                TokenisedSet(part, self.tokenizer(stack), task.max_length, default_folder())
+                for part in (train, held_out)
+            ]
+            self._data[key] = TaskData(spec, sets[0], sets[1], self._evaluation(task, stack))
         return self._data[key]
 
     def evaluate(self, stack: Stack, tasks: Sequence[str] | None = None) -> TaskFigures:

@@ -32,6 +32,7 @@ def make_sequential(context: Context, folder: Path, order: Sequence[str]) -> Fig
         alpha=spec.alpha,
         target_modules=spec.target_modules,
         seed=context.seed,
+        dtype=model.dtype,
     )
     grown = grow(
         growth,
@@ -99,6 +100,7 @@ def _gated(context: Context, folder: Path, stack: Stack, options: GateOptions) -
     alone = context.figures[f"stack-{config.stack}"]["alone"]
     return {
         "options": dataclasses.asdict(options),
+        "recipe": vars(config.recipe),
         "members": len(stack),
         "alone": {task: next(iter(splits.values())) for task, splits in alone.items()},
         "sizes": {task: len(own.train) for task, own in data.items()},

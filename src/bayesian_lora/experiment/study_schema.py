@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bayesian_lora.config_schema import Count, NonNegative, Positive, Share
+from bayesian_lora.config_schema import Count, NonNegative, Positive
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -15,12 +15,12 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 class RecipeConfig:
     """How a stack, a grown column or a gate is trained: Adam under a plateau schedule.
 
-    `train_examples` a task, of which `validation_share` is held out; null is all there are.
+    `train_examples` of those that the task's baseline was fitted on, null for all; what was held
+    out of them is held out here too.
     `steps_per_epoch`: null is one pass over the largest of the chains' data.
     """
 
     train_examples: Annotated[int, Field(ge=2)] | None = None
-    validation_share: Share = 0.1
     epochs: Count = 5
     steps_per_epoch: Count | None = None
     batch_size: Count = 32

@@ -72,7 +72,7 @@ def _ways(context: Context, sources: Sequence[Source], recipe: RecipeConfig) -> 
 
 
 def _fitted(context: Context, exact: Stack, config: StackingConfig, recipe: RecipeConfig) -> Way:
-    """Weights fitted on examples that no adapter was trained on."""
+    """Weights fitted on examples held out of what the adapters were fitted on."""
     data = context.data(exact, recipe)
     sets = {
         task: TokenisedSet(
@@ -183,7 +183,11 @@ def make_drift(context: Context, folder: Path, name: str) -> Figures:
     return {
         "variants": {
             label: _drift_figures(
-                drift(stack, read_stack(context.folder(f"further-{name}") / label))
+                drift(
+                    stack,
+                    read_stack(context.folder(f"further-{name}") / label),
+                    seed=context.seed,
+                )
             )
             for label in variants
         }

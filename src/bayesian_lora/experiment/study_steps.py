@@ -245,7 +245,7 @@ def _settings(study: Study, section: str) -> dict[str, Any]:
 
 def _held_out(recipe: Any) -> dict[str, Any]:
     """What the share held out of train depends on."""
-    return {n: getattr(recipe, n) for n in ("train_examples", "validation_share")}
+    return {"train_examples": recipe.train_examples}
 
 
 def _run_settings(config: Config) -> Mapping[str, Any]:
