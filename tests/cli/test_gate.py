@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from bayesian_lora.cli import main as cli
-from bayesian_lora.cli.gate import EPILOG, gate
 from bayesian_lora.composition.gate_files import load_gated
 from bayesian_lora.composition.stack_files import write_stack
 from tests.composition.stacks import make_stack
@@ -22,8 +21,6 @@ Call = Callable[..., tuple[object, str, str]]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command's status, standard output and standard error."""
-    if all(command.callback is not gate for command in cli.app.registered_commands):
-        cli.app.command(epilog=EPILOG)(gate)
 
     def run(*arguments: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -77,19 +74,28 @@ def test_arrow_trains_nothing(call: Call, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--kind", "router"], "kind='router': choose one of adapter, layer"),
-        (["--top-k", "3"], "top_k=3: the stack has 2 experts"),
-        (["--temperature", "0"], "temperature=0.0"),
+        (["--kind", "router"], "Error: --kind='router': choose one of adapter, layer"),
+        (["--top-k", "3"], "--top-k=3: "),
+        (["--temperature", "0"], "--temperature=0.0"),
         (["--kind", "arrow", "--unfrozen"], "has no parameters"),
-        (["--lr", "0"], "lr=0.0: must be a positive number"),
+        (["--lr", "0"], "--lr=0.0: must be a positive number"),
         (["--data-dir", "/no/such"], "--data-dir='/no/such' is not a folder"),
         (["--eval"], "a stack without a gate"),
-        (["--out", "."], "exists already"),
+        (["--eval", "--epochs", "2"], "--epochs: --eval trains and writes nothing new; leave it"),
+        (["--eval", "--out", "new"], "--out: --eval trains and writes nothing new; leave it out"),
+        (["--examples", "90000"], "task 'first': --examples=90000: 90000 examples asked for"),
+        (["--out", "stack"], "stack: already holds stack.json; name another folder"),
+        ([*QUICK, "--lr", "1e30"], "Error: --lr=1e+30: chains 0, 1: "),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(
-    call: Call, folder: Path, arguments: list[str], words: str
+    call: Call,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
 ) -> None:
+    monkeypatch.chdir(folder.parent)
     code, _, error = call(folder, *arguments)
     assert code == 2
     assert words in error

@@ -1,5 +1,6 @@
 """`bayesian-lora` itself: help, version, and mistakes in one line."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -8,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from bayesian_lora.cli.main import main
+from bayesian_lora.composition.column_files import begin
+from bayesian_lora.composition.gate_files import write_gated
+from bayesian_lora.composition.gates import Gated, GateOptions
 from bayesian_lora.config import build_config, dump_run_config
+from tests.composition.stacks import make_stack
 
 
 def call(*arguments: str) -> int | str | None:
@@ -82,3 +87,60 @@ def test_eval_refuses_overrides_that_the_run_was_not_made_with(
     # What agrees, and what may differ, gets as far as the missing record.
     assert call("eval", str(config), "sampler.chains=2", "device=cpu", "data.dir=x") == 2
     assert "run.json: not found" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stack(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
+    """A gated stack's folder."""
+    found = make_stack(tiny_models["bert"], labels={"first": 2, "second": 2})
+    tasks = {n: dataclasses.replace(task, data="synthetic") for n, task in found.tasks.items()}
+    gated = Gated(found.changed(tasks=tasks), GateOptions("arrow"), {})
+    write_gated(tmp_path / "gated", gated)
+    return tmp_path / "gated"
+
+
+@pytest.mark.parametrize(
+    ("lost", "words"),
+    [
+        ("gate.safetensors", "gate.safetensors: cannot be read"),
+        ("stack.json", "a gate without its experts, it has no stack.json; restore the folder"),
+    ],
+)
+def test_a_gated_stack_is_no_plain_one_whatever_is_missing(
+    stack: Path, capsys: pytest.CaptureFixture[str], lost: str, words: str
+) -> None:
+    (stack / lost).unlink()
+    assert call("eval", str(stack)) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (stack / "metrics.json").exists()
+
+
+def test_a_growth_without_a_task_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(tmp_path, {})
+    assert call("eval", str(tmp_path)) == 2
+    assert "no task has grown yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("cpu", "'cpu': an override is KEY=VALUE, such as device=cpu"),
+        ("seed=1", "seed: a stack takes data.dir=… and device=… alone"),
+        ("data.dir=/no/such", "data.dir='/no/such' is not a folder"),
+        ("device=tpu", "device='tpu': choose"),
+    ],
+)
+def test_overrides_of_a_stack_are_told_as_they_are_given(
+    stack: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    assert call("eval", str(stack), override) == 2
+    assert f"Error: {words}" in capsys.readouterr().err
+
+
+def test_help_of_eval_names_stacks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("eval", "--help") == 0
+    assert "The folder of a run or stack" in " ".join(capsys.readouterr().out.split())

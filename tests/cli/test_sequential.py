@@ -1,5 +1,6 @@
 """`bayesian-lora sequential` as a person calls it: growth, going on, mistakes in one line."""
 
+import csv
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,18 +8,17 @@ from pathlib import Path
 import pytest
 
 from bayesian_lora.cli import main as cli
-from bayesian_lora.cli.sequential import EPILOG, sequential
+from bayesian_lora.cli.sequential import EPILOG
 from bayesian_lora.composition.column_files import read_columns
+from bayesian_lora.data.glue_datasets import TASKS, get_task, load_split
 
 Call = Callable[..., tuple[object, str, str]]
-QUICK = ("--examples", "40", "--epochs", "1", "--batch", "20", "--device", "cpu")
+QUICK = ("--examples", "40", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
 
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command's status, standard output and standard error."""
-    if all(command.callback is not sequential for command in cli.app.registered_commands):
-        cli.app.command(epilog=EPILOG)(sequential)
 
     def run(*arguments: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -84,6 +84,11 @@ def test_what_is_printed_is_what_was_found(call: Call, base: Path, tmp_path: Pat
     assert any(line.startswith("a b identical") and f"nll {change:+.4f}" in line for line in shown)
     gain = report["b"]["transfer"]["nll"]["mean"]
     assert any(line.startswith("b ") and line.endswith(f"nll {gain:+.4f}") for line in shown)
+    with (out / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["task"], row["epoch"]) for row in rows] == [("a", "0"), ("b", "0")]
+    history = report["b"]["fit"]["history"]
+    assert float(rows[1]["val/loss"]) == pytest.approx(history[0]["val/loss"])
     mean = report["b"]["angles"][0]["mean"]
     assert any(
         f"b a {mean['cosine']:.4f} (±{mean['random']['cosine']:.4f})" in line for line in shown
@@ -97,16 +102,16 @@ def test_what_is_printed_is_what_was_found(call: Call, base: Path, tmp_path: Pat
         (["synthetic", "synthetic"], "'synthetic' is named twice"),
         (["stsb"], "regression"),
         (["synthetic", "--rank-per-task", "33"], "32 wide"),
-        (["synthetic", "--max-length", "65"], "reads at most 64 tokens"),
-        (["synthetic", "--alpha", "-1"], "positive"),
-        (["synthetic", "--lr", "0"], "positive"),
+        (["synthetic", "--max-length", "65"], "--max-length=65: "),
+        (["synthetic", "--alpha", "-1"], "--alpha=-1.0: must be a positive"),
+        (["synthetic", "--lr", "0"], "--lr=0.0: must be a positive"),
         (["synthetic", "--target", "quary"], "'quary' matches no linear layer"),
         (["synthetic", "--target", ","], "layers (): give at least 1"),
         (["a/b=synthetic"], "letters"),
         (["=synthetic"], "letters"),
         (["synthetic", "--data-dir", "nowhere"], "--data-dir='nowhere' is not a folder"),
-        (["synthetic", "--device", "tpu"], "device='tpu'"),
-        (["synthetic", "--examples", "90000"], "90000"),
+        (["synthetic", "--device", "tpu"], "--device='tpu'"),
+        (["a=synthetic", "--examples", "90000"], "task 'a': --examples=90000: 90000 examples"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -120,13 +125,46 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert os.listdir(tmp_path) == []
 
 
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(
+    call: Call, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    code, printed, error = call("synthetic", "--model", base, "--out", tmp_path / "out")
+    assert (code, printed) == (2, "")
+    assert f"{tmp_path} cannot be written to" in error
+
+
+def test_the_folder_is_called_after_the_tasks(
+    call: Call, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, *_ = call("a=synthetic", "b=synthetic", "--model", base, *QUICK, "--no-transfer")
+    assert code == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["sequential-a-b"]
+
+
+def test_the_examples_can_be_run(real_data: Path) -> None:
+    """No task has fewer training examples than an example of the help asks for."""
+    asked = 0
+    for line in EPILOG.split("\n\n")[1:]:
+        words = line.split()
+        if "--examples" in words:
+            asked += 1
+            count = int(words[words.index("--examples") + 1])
+            tasks = [word for word in words[2:] if word in TASKS]
+            assert "cola" in tasks
+            for task in tasks:
+                assert len(load_split(get_task(task), "train", data_dir=real_data)) >= count
+    assert asked > 0
+
+
 def test_a_growth_that_diverges_is_one_line_and_can_go_on(
     call: Call, base: Path, tmp_path: Path
 ) -> None:
     options = ("--model", base, *QUICK, "--no-transfer", "--out", tmp_path / "out")
     code, _, error = call("synthetic", *options, "--lr", "1e30")
     assert code == 2
-    assert error.startswith("Error: --lr 1e+30: chain 0: ")
+    assert error.startswith("Error: --lr=1e+30: chain 0: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "stack.json").exists()
     assert call("synthetic", *options, "--lr", "0.001")[0] == 0

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bayesian_lora.cli import main as cli
-from bayesian_lora.cli.similarity import EPILOG, similarity
 from bayesian_lora.composition.stack import Part, Stack, StackTask
 from bayesian_lora.composition.stack_files import write_stack
 from bayesian_lora.models.hf_lora import LoraSpec
@@ -28,8 +27,6 @@ Call = Callable[..., tuple[object, str, str]]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command's status, standard output and standard error."""
-    if all(command.callback is not similarity for command in cli.app.registered_commands):
-        cli.app.command(epilog=EPILOG)(similarity)
 
     def run(*arguments: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -156,6 +153,15 @@ def test_names_and_a_stack_beside_an_adapter(
         assert title in printed.splitlines()
 
 
+def test_a_path_may_have_an_equals_sign(adapters: list[Path], call: Call, tmp_path: Path) -> None:
+    """Of a stack too: the first one divides name and path, unless the whole is a path."""
+    folder = stack_at(tmp_path / "seed=1")
+    code, printed, err = call(adapters[0], folder, f"named={folder}")
+    assert (code, err) == (0, "")
+    for title in ("one and seed=1", "one and named", "seed=1 and named"):
+        assert title in printed.splitlines()
+
+
 def test_drift_of_a_stack(call: Call, tmp_path: Path) -> None:
     before, after = stack_at(tmp_path / "before"), stack_at(tmp_path / "after", shift=0.3)
     out = tmp_path / "drift"
@@ -175,9 +181,6 @@ def test_drift_of_a_stack(call: Call, tmp_path: Path) -> None:
 
 
 def test_drift_needs_two_stacks(adapters: list[Path], call: Call, tmp_path: Path) -> None:
-    code, _, err = call(adapters[0], "--drift")
-    assert code == 2
-    assert "give two stacks" in err
     code, _, err = call(adapters[0], stack_at(tmp_path / "stack"), "--drift")
     assert code == 2
     assert err.count("\n") == 1
@@ -186,9 +189,15 @@ def test_drift_needs_two_stacks(adapters: list[Path], call: Call, tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["one"], "1 adapter given; a comparison needs at least two"),
+        (["one"], "one alone: a comparison needs at least two adapters; name another one"),
         (["one", "two.safetensors", "--members", "some"], "give first or all"),
-        (["one", "two.safetensors", "--out", "three.pt"], "a file; name a folder"),
+        (
+            ["one", "two.safetensors", "--out", "three.pt"],
+            "three.pt is a file; name another folder",
+        ),
+        (["one", "two.safetensors", "--out", "one"], "one: already holds adapter_config.json"),
+        (["one", "one", "--drift", "--members", "all"], "--members: it acts on nothing with"),
+        (["one", "--drift"], "--drift with 1 arguments: give two stacks"),
         (["one", "absent"], "absent"),
         (["one", "noise.safetensors"], "noise"),
         (["one", "nan.safetensors"], f"{MODULES[0]}.lora_A"),

@@ -4,6 +4,7 @@ Shapes: K members, R rank.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bayesian_lora.cli import main as cli
-from bayesian_lora.cli.stack import EPILOG, stack
 from bayesian_lora.composition.sources import read_source
 from bayesian_lora.composition.stack_files import read_stack
 from tests.composition.adapters import stacked_update, update_of, write_peft, write_run
@@ -24,8 +24,6 @@ QUERY = "bert.encoder.layer.1.attention.self.query"
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command's status, standard output and standard error."""
-    if all(command.callback is not stack for command in cli.app.registered_commands):
-        cli.app.command(epilog=EPILOG)(stack)
 
     def run(*arguments: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -75,8 +73,8 @@ def test_a_stack_is_made_and_described(call: Call, root: Path, here: Path) -> No
     lines = [line.rstrip() for line in printed.splitlines()]
     assert lines == [
         f"Stack of 2 adapters in {folder} (exact): rank 3, scale 1, on query, value",
-        f"  sst2  column 0, weight 0.75, from {one}",
-        f"  mine  columns 1 to 2, weight -0.5, from {two}",
+        f"  sst2  column 1, weight 0.75, from {one}",
+        f"  mine  columns 2–3, weight -0.5, from {two}",
         f"  task sst2: 2 classes of sst2, in {folder}/tasks/sst2",
         f"  task mine: 2 classes of cola, in {folder}/tasks/mine",
         f"Evaluate it: bayesian-lora eval {folder}",
@@ -140,7 +138,7 @@ def test_weights_are_fitted_on_a_few_examples(
         for seed, name in enumerate(("one", "two"))
     ]
     _, _, error = call(*folders, "--fit", 1)
-    assert "task 'synthetic': --fit 1: 1 examples asked for" in error
+    assert "task 'synthetic': --fit=1: 1 examples asked for" in error
     code, printed, error = call(*folders, "--fit", 16, "--out", here / "out")
     assert (code, error) == (0, "")
     assert "Fitted on 16 examples a task: mean NLL" in printed
@@ -162,9 +160,13 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("{one}", "{two}", "--weights", "1,1", "--fit", "4"), "--weights and --fit exclude"),
     (("{one}", "{two}", "--merge", "ties", "--fit", "4"), "--fit finds the weights of a stack"),
     (("{one}", "{two}", "--scaling", "original", "--fit", "4"), "--scaling original and --fit"),
-    (("{one}", "{two}", "--scaling", "original"), "scaling=original: 'cola' is rank-stabilised"),
+    (("{one}", "{two}", "--scaling", "original"), "--scaling=original: 'cola' is rank-stabilised"),
     (("{one}", "{two}", "--merge", "tise"), "method 'tise' is unknown: did you mean ties?"),
-    (("{one}", "{two}", "--rank", "99"), "rank=99: the stack has rank 3"),
+    (("{one}", "{two}", "--rank", "99"), "--rank=99: the stack has rank 3"),
+    (("{one}", "{two}", "--density", "0.5"), "--density: it acts with --merge alone; leave it out"),
+    (("{one}", "{two}", "--data-dir", "."), "--data-dir: it acts with --fit alone; leave it out"),
+    (("{one}", "{two}", "--device", "cpu"), "--device: it acts with --fit alone; leave it out"),
+    (("{one}", "{two}", "--fit", "4", "--device", "tpu"), "--device='tpu': choose auto, cpu"),
     (("a.b={one}", "{two}"), "'a.b' cannot name an adapter"),
 ]
 
@@ -203,6 +205,15 @@ def test_a_folder_that_holds_something_is_refused_first(call: Call, root: Path, 
     code, _, error = call(root / "nothing", root / "nothing", "--out", here / "out")
     assert code == 2
     assert f"{here / 'out'}: already holds notes.txt; name another folder" in error
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_first(
+    call: Call, root: Path, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here)
+    code, _, error = call(root / "nothing", root / "nothing", "--out", here / "new" / "out")
+    assert code == 2
+    assert f"{here} cannot be written to; name another folder with --out" in error
 
 
 def test_stack_json_says_how_it_was_made(call: Call, root: Path, here: Path) -> None:

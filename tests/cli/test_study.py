@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bayesian_lora.cli import main as cli
-from bayesian_lora.cli.study import EPILOG, study
+from bayesian_lora.cli.study import EPILOG
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment import study as runner
 from bayesian_lora.experiment.study_config import load_study
@@ -21,8 +21,6 @@ Call = Callable[..., tuple[object, str, str]]
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command's status, standard output and standard error."""
-    if all(command.callback is not study for command in cli.app.registered_commands):
-        cli.app.command(epilog=EPILOG)(study)
 
     def run(*arguments: str | Path) -> tuple[object, str, str]:
         with pytest.raises(SystemExit) as ended:
@@ -75,10 +73,18 @@ def test_exit_status_says_whether_a_step_failed(
 
 
 def test_the_report_alone_makes_no_step(call: Call, one_step: list[str], tmp_path: Path) -> None:
-    code, printed, _ = call(DEMO, f"output.dir={tmp_path / 'out'}", "--report-only")
-    assert code == 0
-    assert "no such base" not in printed
-    assert (tmp_path / "out" / "observations.html").is_file()
+    page = tmp_path / "out" / "observations.html"
+    given = (DEMO, f"output.dir={tmp_path / 'out'}")
+    code, _, err = call(*given, "--report-only")
+    assert code == 2
+    assert "no study there to report on" in err
+    assert list(tmp_path.iterdir()) == []
+    call(*given)
+    page.unlink()
+    one_step.clear()  # made now, the step would succeed
+    code, _, err = call(*given, "--report-only")
+    assert (code, err) == (1, "")
+    assert page.is_file()
 
 
 @pytest.mark.parametrize(

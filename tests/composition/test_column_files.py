@@ -10,14 +10,22 @@ import pytest
 import torch
 
 from bayesian_lora.composition import column_files, sequential
-from bayesian_lora.composition.column_files import Grown, is_grown, read_columns, write_columns
+from bayesian_lora.composition.column_files import (
+    Grown,
+    check_baselines,
+    is_grown,
+    read_columns,
+    write_columns,
+)
 from bayesian_lora.composition.fit import Recipe
 from bayesian_lora.composition.growth_report import evaluate_grown
 from bayesian_lora.composition.sequential import grow
+from bayesian_lora.composition.sources import read_source
 from bayesian_lora.composition.stack import StackTask
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.models.peft_io import read_member
 from bayesian_lora.utils.files import read_json, write_json
 from tests.composition.growths import CLASSES, grown, growth, same, task
 from tests.composition.stacks import make_data, make_sets
@@ -319,3 +327,40 @@ def test_each_task_is_evaluated_with_its_own_mask(
         assert figures[name]["validation"]["largest_difference"] == 0.0
         assert "largest_difference" not in figures[name]["shifted"]
     assert evaluate_grown(tmp_path / "out", splits=["shifted"])["a"].keys() == {"shifted"}
+
+
+def test_an_earlier_task_is_read_as_it_was_trained(
+    folder: Path, made: tuple[Path, Grown], tiny_models: dict[str, Path]
+) -> None:
+    """Without the columns of later tasks, as its own files have it."""
+    source = read_source(str(folder / "tasks" / "one"))
+    own = read_member(folder / "tasks" / "one")
+    assert source.spec is not None
+    assert source.spec.rank == 1
+    assert source.spec.scaling == made[1].stack.spec.scaling
+    (member,) = source.members
+    assert member.keys() == own.keys()
+    assert all(torch.equal(member[name], tensor) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [(["train"], "'train': Python's modules"), (["One", "one"], "'One' is named twice")],
+)
+def test_names_that_no_growth_can_have(
+    tiny_models: dict[str, Path], tmp_path: Path, names: list[str], words: str
+) -> None:
+    tasks = [StackTask(name, "synthetic", ("a", "b"), "categorical", 32) for name in names]
+    with pytest.raises(InputError, match=words):
+        grow(growth(tiny_models["bert"]), tasks, {}, folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_of_an_unknown_figure_is_refused_before_the_training(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    given = {"two": {"acuracy": 0.5}}
+    with pytest.raises(InputError, match=r"baseline of two: no figure 'acuracy'; .*accuracy"):
+        grown(tiny_models["bert"], ["one", "two"], baselines=given, folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    check_baselines({"two": {"mcc": 0.1, "nll": 0.5}}, {"two": ("mcc",)})

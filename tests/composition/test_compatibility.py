@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import BertTokenizer
 
-from bayesian_lora.composition.compatibility import name_of
+from bayesian_lora.composition.compatibility import name_of, same_base
 from bayesian_lora.composition.sources import Source, read_sources
 from bayesian_lora.composition.stacking import stack_sources
 from bayesian_lora.errors import InputError
@@ -228,3 +228,12 @@ def test_adapters_of_other_models_are_refused_from_their_folders(
     write_run(tmp_path / "two", tiny_models["roberta"], "cola", 2)
     with pytest.raises(InputError, match="adapters of different base models"):
         stack_sources(read_sources([str(tmp_path / "one"), str(tmp_path / "two")]))
+
+
+def test_bases_are_the_same_by_fingerprint_or_else_by_name() -> None:
+    one, two = {"fingerprint": "a" * 64, "base": "x"}, {"fingerprint": "b" * 64, "base": "x"}
+    assert not same_base(one, two)
+    assert same_base(one, {**one, "base": "y"})
+    assert same_base({"base": "google-bert/bert-base-uncased"}, {"base": "bert-base-uncased"})
+    assert not same_base({"base": "bert-base-uncased"}, {**one, "base": "roberta-base"})
+    assert same_base(None, one)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,7 +152,7 @@ def test_the_prior_counts_a_chain_s_own_examples(tiny_models: dict[str, Path]) -
         def losses(self, outputs: Tensor, batch: object) -> Tensor:
             return 0 * outputs.sum(-1)
 
-    plans = [ChainPlan(("long",)), ChainPlan(("long", "third"))]
+    plans = [ChainPlan(("long",)), ChainPlan(("long", "third"), mixing="sum")]
     before = stack_state(make_stack(base, members=2))
     recipe = dataclasses.replace(RECIPE, prior_std=0.5, epochs=1, steps_per_epoch=1)
     data = make_data(base)
@@ -182,7 +183,50 @@ def test_plans_that_cannot_be(tiny_models: dict[str, Path], plan: ChainPlan, wor
         fitted(tiny_models["bert"], [plan])
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"lr": -1.0}, {"prior_std": float("nan")}])
+@pytest.mark.parametrize(
+    ("mixing", "recipe", "words"),
+    [
+        ("sum", {"batch_size": 1}, "batch_size=1: .* raise it to at least 2"),
+        ("alternate", {"steps_per_epoch": 1}, "steps_per_epoch=1: 2 tasks .* at least 2"),
+    ],
+)
+def test_no_task_is_left_out_silently(
+    tiny_models: dict[str, Path], mixing: Any, recipe: dict[str, int], words: str
+) -> None:
+    plan = ChainPlan(("long", "third"), mixing=mixing)
+    with pytest.raises(InputError, match=words):
+        fitted(tiny_models["bert"], [plan], dataclasses.replace(RECIPE, **recipe))
+
+
+def test_few_examples_still_give_every_task_a_step(tiny_models: dict[str, Path]) -> None:
+    """96 examples would fill one batch of 128."""
+    recipe = Recipe(epochs=1, batch_size=128, lr=5e-3)
+    model, before, report = fitted(tiny_models["bert"], [ChainPlan(("long", "third"))], recipe)
+    assert report.steps == 2
+    for name, tensor in model.chain_parameters().items():
+        if ".tasks." in name:
+            assert (tensor.detach() != before[name]).any(), name
+
+
+def test_a_fit_that_diverges_names_the_learning_rate(tiny_models: dict[str, Path]) -> None:
+    recipe = dataclasses.replace(RECIPE, lr=1e37)
+    with pytest.raises(InputError, match=r"^lr=1e\+37: chain.* lower it, such as to 2\.5e\+36$"):
+        fitted(tiny_models["bert"], [ChainPlan(("long",))], recipe)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epochs": 0},
+        {"epochs": 2.5},
+        {"batch_size": True},
+        {"patience": 0},
+        {"steps_per_epoch": 0},
+        {"schedule": "cosine"},
+        {"lr": -1.0},
+        {"prior_std": float("nan")},
+    ],
+)
 def test_recipes_that_cannot_be(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(wrong))):
         Recipe(**wrong)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import matthews_corrcoef
 
 from bayesian_lora.composition.gate_report import (
@@ -164,3 +165,43 @@ def test_abstention_by_hand() -> None:
     for order in ([0, 1, 2, 3], [3, 1, 2, 0]):
         equal = abstention(np.zeros(4), right[order])
         assert equal["area"] == pytest.approx(0.5), "doubt that says nothing gives the error rate"
+
+
+def test_entropy_of_the_weights_is_no_more_than_that_of_their_mean(
+    tiny_models: dict[str, Path],
+) -> None:
+    base = tiny_models["bert"]
+    stack, sets = make_stack(base, members=2), make_sets(base)
+    token = evaluate_gate(decided(gated_model(stack, "token"), 2.0), stack.weights, sets)["gate"]
+    assert token["entropy_of_mean_weights"] == token["expert_entropy"]
+    assert 0 < token["gate_entropy"] < token["expert_entropy"] - 0.01
+    one = evaluate_gate(decided(gated_model(stack, "adapter"), 0.5), stack.weights, sets)["gate"]
+    assert one["gate_entropy"] == pytest.approx(one["expert_entropy"], rel=1e-4)
+    assert one["gate_entropy"] > 0.1
+
+
+def test_experts_whose_weights_underflow_share_alike(tiny_models: dict[str, Path]) -> None:
+    base = tiny_models["bert"]
+    stack = make_stack(base, {"long": 2, "third": 1})
+    parts = (
+        Part("a", "", (0, 1), task="long"),
+        Part("b", "", (1, 2), task="long"),
+        Part("c", "", (2, 3), task="third"),
+    )
+    model = gated_model(stack.changed(parts=parts), "adapter")
+    state = model.chain_parameters()
+    with torch.no_grad():
+        state["gate.weight.0"].copy_(torch.tensor([[-300.0, -300.0, 300.0]]))
+    sets = make_sets(base)
+    found = within_tasks(model, JoinedSet(sets, model.slices))[0]
+    assert np.isfinite(found).all()
+    assert found.max() > 0
+
+
+def test_the_oracle_s_area_is_the_least_there_is() -> None:
+    right = np.array([1, 0, 1, 0, 1], dtype=bool)
+    best = abstention(np.where(right, 0.0, 1.0) + np.arange(5) / 100, right)
+    assert best["area_of_oracle"] == pytest.approx((1 / 4 + 2 / 5) / 5)
+    assert best["area"] == pytest.approx(best["area_of_oracle"])
+    worst = abstention(np.where(right, 1.0, 0.0), right)
+    assert worst["area"] > worst["area_of_oracle"] == best["area_of_oracle"]

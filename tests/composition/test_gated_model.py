@@ -4,6 +4,7 @@ Shapes: M chains, B examples, L tokens, E experts, C classes.
 """
 
 import copy
+import threading
 from pathlib import Path
 from typing import get_args
 
@@ -81,7 +82,7 @@ def test_joint_probabilities_are_those_of_dense_matrices(
         model.flat = flat
         model._beside = True
         with torch.no_grad():
-            joint, weights, _ = model(**inputs).flatten(0, 1).split([5, 3, 3], -1)
+            joint, weights, *_ = model(**inputs).flatten(0, 1).split([5, 3, 3, 1], -1)
         for own, found in zip(wanted, joint, strict=True):
             by_task = torch.cat([own[0][task] for task in model.slices])
             torch.testing.assert_close(found, by_task, rtol=0, atol=1e-10)
@@ -278,3 +279,25 @@ def test_what_cannot_be_gated_is_refused_before_anything_is_built(
     for top_k in (0, 3):
         with pytest.raises(InputError, match=f"top_k={top_k}: the stack has 2 experts"):
             gated_model(stack.changed(model=nowhere), "token", top_k=top_k)
+
+
+def test_a_member_is_taken_from_the_whole_gate_whatever_else_has_its_turn(
+    tiny_models: dict[str, Path],
+) -> None:
+    """Arrow's directions are read once the other's turn is over, not while one member is in."""
+    model = gated_model(make_stack(tiny_models["bert"], RANKS, members=2), "arrow")
+    whole = list(model.gate.prototypes)
+    entered: list[int] = []
+
+    def other() -> None:
+        with model.member(1):
+            entered.append(1)
+
+    with model.member(0):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive(), "it waits for its turn"
+    thread.join(10)
+    assert entered == [1]
+    assert all(a is b for a, b in zip(model.gate.prototypes, whole, strict=True))

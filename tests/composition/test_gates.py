@@ -3,6 +3,7 @@
 Shapes: K members, M = K chains, B examples, E experts.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from bayesian_lora.data.joined import JoinedSet
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.mixing import GateKind
+from bayesian_lora.models.task_heads import TaskModel
 from bayesian_lora.progress import Progress
 from tests.composition.stacks import LABELS, make_data, make_stack
 
@@ -255,3 +257,62 @@ def test_mistakes_are_told_before_the_model_is_built(tiny_models: dict[str, Path
             posterior_steps=9,
             step_size=1e38,
         )
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_balance_does_not_depend_on_how_a_batch_is_cut(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    """One member alone, or beside three others, whose tokens fill the passes sooner."""
+    base = tiny_models["bert"]
+    data, short = told_apart(base, 32), Recipe(epochs=1, batch_size=16, lr=3e-2)
+    four = make_stack(base, members=4)
+    one = four.changed(
+        factors={n: t[:1] for n, t in four.factors.items()},
+        heads={t: {n: x[:1] for n, x in head.items()} for t, head in four.heads.items()},
+        weights=np.ones(1),
+    )
+    whole, alone = (trained(s, data, recipe=short, kind="token", balance=2.0) for s in (four, one))
+    if small:
+        monkeypatch.setattr(TaskModel, "tokens_per_pass", 64)
+        whole = trained(four, data, recipe=short, kind="token", balance=2.0)
+    for name, tensor in alone.state.items():
+        torch.testing.assert_close(whole.state[name][:1], tensor, rtol=0, atol=2e-5)
+
+
+def test_the_posterior_says_how_hot_it_is(tiny_models: dict[str, Path]) -> None:
+    """T_eff = 1 + hNv/2: more for longer steps; watching changes no draw."""
+    base = tiny_models["bert"]
+    stack, data = make_stack(base, members=2), told_apart(base, 32)
+    short = Recipe(epochs=1, batch_size=8, lr=1e-2)
+    heat = []
+    for h in (1e-4, 1e-2):
+        found = trained(
+            stack, data, kind="layer", recipe=short, posterior_steps=6, step_size=h
+        ).report["posterior"]
+        assert len(found["t_eff"]) == 2
+        assert min(found["t_eff"]) > 1
+        assert "no uncertainty" not in found["exactness"]
+        heat.append(np.mean(found["t_eff"]) - 1)
+    assert heat[1] > 20 * heat[0]
+    single = make_stack(base)
+    posterior = trained(single, data, kind="layer", recipe=short, posterior_steps=1).report
+    assert "a single draw, of which no uncertainty comes" in posterior["posterior"]["exactness"]
+    assert posterior["posterior"]["t_eff"] is None
+
+
+def test_a_fit_that_diverges_names_the_learning_rate_not_the_step_size(
+    tiny_models: dict[str, Path],
+) -> None:
+    stack, data = make_stack(tiny_models["bert"]), make_data(tiny_models["bert"], size=16)
+    with pytest.raises(InputError, match=r"^lr=1e\+30: ") as caught:
+        trained(stack, data, kind="token", recipe=Recipe(1, 8, 1e30), posterior_steps=2)
+    assert "step_size" not in str(caught.value)
+
+
+def test_tasks_of_one_data_set_are_said_to_be_alike(tiny_models: dict[str, Path]) -> None:
+    stack, data = make_stack(tiny_models["bert"]), make_data(tiny_models["bert"], size=16)
+    tasks = {n: dataclasses.replace(t, data="same") for n, t in stack.tasks.items()}
+    report = trained(stack.changed(tasks=tasks), data, kind="arrow").report
+    assert report["same_data"] == [["long", "third"]]
+    assert "same_data" not in trained(stack, data, kind="arrow").report

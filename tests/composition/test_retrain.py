@@ -150,10 +150,13 @@ def test_the_teacher_is_the_single_adapter_with_its_head(tiny_models: dict[str, 
     [
         ((), "at least one"),
         ((Variant("a", ("long",)), Variant("a", ("third",))), "a name of its own"),
-        ((Variant("a", ("other",)),), "the stack carries long, third"),
+        ((Variant("a", ("other",)),), "^no task 'other': the stack carries long, third, choose"),
+        ((Variant("a", ()),), "^no task to train on: the stack carries long, third, name one"),
+        ((Variant("a", ("long", "long")),), "^task 'long' is named twice; name it once"),
+        ((Variant("a", ("long",)), Variant("b", ("x",))), "^variant 'b': no task 'x'"),
         ((Variant("a", ("long",), part="other"),), "no part 'other'"),
-        ((Variant("a", ("long",), mixing="x"),), "alternate or sum"),  # type: ignore[arg-type]
-        ((Variant("a", ("long",), distillation=-1.0),), "number from 0"),
+        ((Variant("a", ("long",), mixing="x"),), "^mixing='x': choose alternate or sum"),  # type: ignore[arg-type]
+        ((Variant("a", ("long",), distillation=-1.0),), "^distillation=-1.0: .* number from 0"),
     ],
 )
 def test_variants_that_cannot_be(

@@ -363,3 +363,16 @@ def test_sst2_is_bit_for_bit_what_it_was_after_cola(real_data: Path) -> None:
     assert entry["masked"]["accuracy"] == first["after"]["validation"]["accuracy"]
     assert entry["forgetting_unmasked"]["nll"]["mean"] != 0
     assert set(found.report["cola"]["transfer"]) >= {"accuracy", "mcc", "nll"}
+
+
+def test_random_figures_leave_out_the_modules_that_figures_leave_out(pair: Grown) -> None:
+    """A module at which one update is zero has no cosine, by chance or otherwise."""
+    name = next(n for n in pair.stack.factors if n.endswith(".lora_B"))
+    factors = {n: t.clone() for n, t in pair.stack.factors.items()}
+    factors[name][:, :, part_of(pair.stack, "two").columns[0] :] = 0
+    without = {n: t for n, t in factors.items() if not n.startswith(name.removesuffix("B"))}
+    found, fewer = (
+        angles(pair.stack.changed(factors=own), "two")[0]["mean"] for own in (factors, without)
+    )
+    assert found["random"]["cosine_mean"] == pytest.approx(fewer["random"]["cosine_mean"])
+    assert found["cosine_mean"] == pytest.approx(fewer["cosine_mean"])

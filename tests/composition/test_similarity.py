@@ -383,3 +383,34 @@ def test_a_stack_stands_beside_single_adapters(stack: Stack) -> None:
     (pair,) = compare([part, adapter_of_stack("stack", stack)], repeats=2)["pairs"]
     assert pair["modules"][0]["ranks"] == [1, 2]
     assert pair["whole"]["phi_left"] == pytest.approx(1.0)
+
+
+def test_an_adapter_whose_config_alone_names_another_base_is_not_compared() -> None:
+    one = source("a", member(0))
+    other = dataclasses.replace(source("b", member(1)), spec=dataclasses.replace(spec(), base="x"))
+    with pytest.raises(InputError, match=r"different base models \(tiny, .*; x, "):
+        compared(one, other)
+    known = source("c", member(1), fingerprint="c" * 64)
+    with pytest.raises(InputError, match="different base models"):
+        compared(other, known)
+
+
+def test_the_drift_of_members_has_their_weights_once(stack: Stack) -> None:
+    """Member k is one draw before and after."""
+    weights = np.array([0.9, 0.1])
+    factors = {n: torch.cat([x, x + 1.0]) for n, x in stack.factors.items()}
+    two = stack.changed(factors=factors, weights=weights)
+    draw = torch.Generator().manual_seed(3)
+    moved = {n: x + 0.5 * torch.randn(x.shape, generator=draw) for n, x in factors.items()}
+    after = two.changed(factors=moved)
+    alone = [
+        drift(*(_of_member(s, k) for s in (two, after)), repeats=2)["whole"]["whole"]["cosine"]
+        for k in range(2)
+    ]
+    found = drift(two, after, repeats=2)["whole"]["whole"]["members"]["cosine"]
+    assert found["mean"] == pytest.approx(weights @ np.array(alone))
+
+
+def _of_member(stack: Stack, k: int) -> Stack:
+    factors = {n: x[k : k + 1] for n, x in stack.factors.items()}
+    return stack.changed(factors=factors, weights=np.ones(1))

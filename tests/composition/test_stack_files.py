@@ -5,6 +5,7 @@ Shapes: K members.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -120,19 +121,27 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"already holds notes.txt; name another folder"):
             refused()
     assert [p.name for p in root.iterdir()] == ["notes.txt"]
-    with pytest.raises(InputError, match=r"notes.txt: a file; name a new folder"):
-        write_stack(root / "notes.txt", make())
+    with pytest.raises(InputError, match=r"notes.txt is a file; name another folder"):
+        write_stack(root / "notes.txt" / "stack", make())
     write_stack(tmp_path / "other", make())
     with pytest.raises(InputError, match=r"already holds stack\.json"):
         write_stack(tmp_path / "other", make())
 
 
-def test_gates_and_columns_may_lie_beside(tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    for folder in (tmp_path, tmp_path / "new" / "stack"):
+        with pytest.raises(InputError, match=rf"{tmp_path} cannot be written to; name another"):
+            check_free(folder)
+
+
+def test_a_gate_may_lie_beside(tmp_path: Path) -> None:
     root = tmp_path / "stack"
     root.mkdir()
     (root / "gate.safetensors").write_bytes(b"theirs")
     write_stack(root, make())
-    (root / "columns.json").write_text("{}")
     (root / "metrics.json").write_text("{}")
     assert_same(read_stack(root), make())
     assert (root / "gate.safetensors").read_bytes() == b"theirs"

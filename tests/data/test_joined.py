@@ -66,5 +66,15 @@ def test_a_chain_draws_what_it_would_draw_alone(joined: JoinedSet) -> None:
         assert (together.epoch()[2] == alone.epoch()[0]).all()
 
 
-def test_fewer_steps_than_tasks_leave_some_out(joined: JoinedSet) -> None:
-    assert (joined.task_of[orders(joined, steps=1).epoch()[1]] == 0).all()
+def test_what_is_left_of_equal_shares_goes_round(tiny_models: dict[str, Path]) -> None:
+    labels = {"a": 2, "b": 2, "c": 2}
+    slices = {task: slice(2 * i, 2 * i + 2) for i, task in enumerate(labels)}
+    data = JoinedSet(make_sets(tiny_models["bert"], labels, size=20), slices)
+    for size in (8, 7, 2):
+        order = TaskOrder(data, [tuple(labels)], ["sum"], size, 3, chain_generators(0, [0], "o"))
+        epoch = order.epoch()
+        tasks = data.task_of[epoch[0]]
+        assert np.bincount(tasks, minlength=3).tolist() == [size] * 3
+        for n in range(3):
+            own = np.bincount(data.task_of[order.epoch_batch(epoch, n)[0]], minlength=3)
+            assert own.max() - own.min() <= 1

@@ -182,9 +182,66 @@ def test_a_step_s_folder_that_is_not_one_is_left_alone(
 
 
 def test_the_report_alone(steps: Steps, run: Callable[..., list[str]], tmp_path: Path) -> None:
+    run()
+    record_before = (tmp_path / "study" / "study.json").read_text()
+    report = tmp_path / "study" / "observations.html"
+    shown = report.read_text()
+    report.unlink()
+    steps.made.clear()
     run(report_only=True)
     assert steps.made == []
-    assert "pending" in (tmp_path / "study" / "observations.html").read_text()
+    assert report.read_text() == shown
+    assert (tmp_path / "study" / "study.json").read_text() == record_before
+
+
+def test_a_report_alone_names_the_command_that_made_the_study(
+    steps: Steps,
+    run: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run()
+    commands: list[str] = []
+
+    def page(made: Figures) -> Page:
+        commands.append(made["command"])
+        return Page("", "", [])
+
+    monkeypatch.setattr(runner.observations, "observations", page)
+    run("device=cpu", report_only=True)
+    assert "device=cpu" not in commands[0]
+
+
+def test_a_report_alone_of_nothing_makes_nothing(
+    steps: Steps, run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="no study there to report on; make it, without"):
+        run(report_only=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_alone_with_other_settings_drops_no_figures(
+    steps: Steps, run: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run()
+    files = ("study.json", "observations.html", "second/step.json")
+    before = [(tmp_path / "study" / name).read_bytes() for name in files]
+    steps.settings["second"] = 5
+    words = r"second was made with other settings \(value: 0 there, 5 here\); give those"
+    with pytest.raises(InputError, match=words):
+        run(report_only=True)
+    assert [(tmp_path / "study" / name).read_bytes() for name in files] == before
+
+
+@pytest.mark.parametrize("below", ["", "study"])
+def test_a_file_in_the_place_of_the_folder_is_named(
+    below: str, steps: Steps, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(InputError, match=r"file is a file; name another folder"):
+        run_study(DEMO, [f"output.dir={file / below}"], QUIET)
+    assert file.read_text() == "mine"
+    assert steps.made == []
 
 
 def test_a_damaged_record_is_named(

@@ -3,6 +3,8 @@
 Shapes: M chains, E experts, S sequences, L tokens, R rank, D widths.
 """
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -150,3 +152,31 @@ def test_starts_are_nearly_equal_and_each_chain_s_own() -> None:
 def test_a_gate_outside_a_pass_says_so() -> None:
     with pytest.raises(AssertionError, match="run as a whole"):
         make_gate("token").mix(0, normal(2, 6), [1, 1], False)
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_entropies_are_of_the_softmax_row_by_row(top_k: int | None) -> None:
+    """Tokens sent surely, half to each expert: sure weights whose mean is not."""
+    gate = Gate("token", 1, [0, 1], [2], 4, top_k=top_k)
+    with torch.no_grad():
+        gate.weight[0].copy_(torch.tensor([[[200.0, 0.0], [0.0, 200.0]]]))
+    mask = torch.tensor([[True, True], [True, False]])
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    run = Run(mask, None, entropies=[])
+    with gate.running(run):
+        gate.mix(0, x, [4], False)
+    assert run.entropies is not None
+    torch.testing.assert_close(run.full[0], torch.full((2, 2), 0.5))
+    wanted = torch.tensor([[0.0], [math.log(2)]])
+    torch.testing.assert_close(run.entropies[0], wanted, rtol=0, atol=1e-6)
+
+
+def test_shares_have_the_weights_precision() -> None:
+    """Devices without float64 can then mix."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    for dtype in (torch.float32, torch.float64):
+        gate = Gate("token", 1, [0, 1], [2], 4).to(dtype)
+        run = Run(mask, None)
+        with gate.running(run):
+            gate.mix(0, torch.ones(6, 2, dtype=dtype), [6], False)
+        assert [share.dtype for _, share in run._places.values()] == [dtype]

@@ -142,6 +142,19 @@ def test_the_same_figures_make_the_same_page(page: Page, picture: Picture) -> No
     assert render(page) == render(page)
 
 
+def test_lines_differ_without_colour() -> None:
+    seen: list[tuple[str, str]] = []
+
+    def draw(axes: Any) -> None:
+        lines = [axes.plot([0, 1], [0, i])[0] for i in range(28)]
+        seen.extend((line.get_linestyle(), line.get_marker()) for line in lines)
+
+    plot(draw, text="t", caption="c")
+    light, dark = seen[:28], seen[28:]
+    assert len(set(light)) == 28
+    assert light == dark
+
+
 def test_a_plot_of_several_panels() -> None:
     seen: list[int] = []
 

@@ -4,6 +4,20 @@ from typing import Annotated, Any
 
 import typer
 
+from bayesian_lora.cli.options import (
+    BatchSize,
+    DataDir,
+    Device,
+    Epochs,
+    Examples,
+    OutBeside,
+    PriorStd,
+    Rate,
+    Seed,
+    in_options,
+    refuse,
+)
+
 EPILOG = (
     "Examples:\n\n"
     "bayesian-lora gate runs/stack-sst2-cola\n\n"
@@ -20,7 +34,13 @@ UNFROZEN_HELP = "Adapters and heads are trained too."
 POSTERIOR_HELP = "Steps of SGLD on the gate after the fit."
 
 
+WITH_EVAL = ("context", "stack", "evaluate", "data_dir", "device")
+"""What acts on a gate that is there."""
+
+
+@in_options
 def gate(
+    context: typer.Context,
     stack: Annotated[str, typer.Argument(metavar="STACK", help="A stack's folder.")],
     kind: Annotated[str, typer.Option(help=KIND_HELP)] = "sequence",
     temperature: Annotated[float, typer.Option(help="The gate's scores are divided by it.")] = 1.0,
@@ -29,27 +49,20 @@ def gate(
     ] = None,
     balance: Annotated[float, typer.Option(metavar="X", help="Of the load-balance term.")] = 0.0,
     unfrozen: Annotated[bool, typer.Option("--unfrozen", help=UNFROZEN_HELP)] = False,
-    examples: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Training examples a task.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 3,
-    lr: Annotated[float, typer.Option(help="Adam's, halved where held-out loss stalls.")] = 2e-2,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    prior_std: Annotated[float, typer.Option(help="Of the Gaussian prior.")] = 1.0,
+    examples: Examples = None,
+    epochs: Epochs = 3,
+    lr: Rate = 2e-2,
+    batch_size: BatchSize = 32,
+    prior_std: PriorStd = 1.0,
     posterior_steps: Annotated[int, typer.Option(metavar="N", min=0, help=POSTERIOR_HELP)] = 0,
     step_size: Annotated[float, typer.Option(help="Of those steps.")] = 1e-3,
     evaluate: Annotated[
         bool, typer.Option("--eval", help="Evaluate a gate that is there; train nothing.")
     ] = False,
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where to write; by default beside STACK.")
-    ] = None,
-    data_dir: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Local data; else BAYESIAN_LORA_DATA."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: OutBeside = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: Seed = 0,
 ) -> None:
     """Train a gate over a stack's adapters on a mixture of its tasks; no text comes with its task.
 
@@ -57,6 +70,9 @@ def gate(
     task and label, and, beside it, of the label given the true task. Stack and gate are written
     into one folder, each member of an ensemble with a gate of its own.
     """
+    if evaluate:
+        others = (name for name in context.params if name not in WITH_EVAL)
+        refuse(context, others, "--eval trains and writes nothing new")
     from bayesian_lora.composition.gates import GateOptions
 
     chosen: Any = kind

@@ -29,6 +29,8 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Config keys to change.")
 ]
 FREE_IN_EVAL = ("data.dir", "device", "output.dir", "output.overwrite")
+STACK_FILES = ("stack.json", "columns.json", "gate.safetensors")
+"""Of a stack, whole or not: what lacks is then named."""
 KHelp = "Evaluate the first K samples (spread evenly over chains)."
 ToleranceHelp = "Stop adding samples to inputs whose probabilities have settled to within this."
 
@@ -90,7 +92,7 @@ def train(
 )
 def evaluate(
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run's folder, or the config that made it.")
+        str, typer.Argument(metavar="RUN", help="The folder of a run or stack, or a run's config.")
     ],
     overrides: Overrides = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help=KHelp)] = None,
@@ -98,13 +100,14 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="A split of the task by name.")] = None,
     tolerance: Annotated[float | None, typer.Option(metavar="P", help=ToleranceHelp)] = None,
 ) -> None:
-    """Evaluate a run's ensemble on a split; all samples by default.
+    """Evaluate a run's ensemble on a split, all samples by default; of a stack, all its tasks.
 
-    What --k, --single or --tolerance show is stored nowhere.
+    What --k, --single or --tolerance show is stored nowhere. A stack takes --split, data.dir=…
+    and device=… alone, a gated one data.dir=… and device=….
     """
     if single and k is not None:
         raise InputError(f"--k {k} and --single exclude each other: give one of them")
-    if (Path(run) / "stack.json").is_file():
+    if any((Path(run) / name).is_file() for name in STACK_FILES):
         chosen = k is not None or single or tolerance is not None
         _evaluate_stack(run, overrides or (), split, chosen)
         return
@@ -164,21 +167,23 @@ def _evaluate_stack(run: str, overrides: Sequence[str], split: str | None, chose
         raise InputError(
             f"{run}: a stack; --k, --single and --tolerance are for runs, leave them out"
         )
-    given = dict(item.partition("=")[::2] for item in overrides)
+    if bare := [item for item in overrides if "=" not in item]:
+        raise InputError(f"{bare[0]!r}: an override is KEY=VALUE, such as device=cpu")
+    given = {key: value for key, _, value in (item.partition("=") for item in overrides)}
     if odd := sorted(given.keys() - {"data.dir", "device"}):
         raise InputError(f"{odd[0]}: a stack takes data.dir=… and device=… alone; leave it out")
     where, device = given.get("data.dir"), given.get("device", "auto")
-    if (Path(run) / "gate.safetensors").is_file():
+    from bayesian_lora.experiment.gating import evaluate_gated, has_gate
+
+    if has_gate(run):
         if split is not None:
             raise InputError(
                 f"--split {split}: a gate is measured on the mixture of its tasks' default splits; "
                 "leave it out"
             )
-        from bayesian_lora.experiment.gating import evaluate_gated
-
         evaluate_gated(run, data_dir=where, device=device)
         return
-    from bayesian_lora.cli.eval_stack import evaluate_folder
+    from bayesian_lora.experiment.stack_eval import evaluate_folder
 
     evaluate_folder(run, split=split, data_dir=where, device=device)
 

@@ -4,6 +4,19 @@ from typing import Annotated
 
 import typer
 
+from bayesian_lora.cli.options import (
+    BatchSize,
+    DataDir,
+    Device,
+    Epochs,
+    Examples,
+    OutBeside,
+    PriorStd,
+    Rate,
+    Seed,
+    in_options,
+)
+
 EPILOG = (
     "Examples:\n\n"
     "bayesian-lora retrain runs/stack-sst2-cola --on sst2\n\n"
@@ -12,12 +25,11 @@ EPILOG = (
 )
 
 
+@in_options
 def retrain(
     stack: Annotated[str, typer.Argument(metavar="STACK", help="A stack's folder.")],
     on: Annotated[str, typer.Option("--on", metavar="TASK,…", help="Tasks to train on.")],
-    out: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where to write; by default beside STACK.")
-    ] = None,
+    out: OutBeside = None,
     part: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only this part's columns (and heads) move.")
     ] = None,
@@ -30,18 +42,14 @@ def retrain(
     distillation: Annotated[
         float, typer.Option(metavar="X", help="Weight of KL(single adapter || stack), all heads.")
     ] = 0.0,
-    examples: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Training examples a task.")
-    ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="At most.")] = 3,
-    lr: Annotated[float, typer.Option(help="Adam's, halved where held-out loss stalls.")] = 2e-3,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    prior_std: Annotated[float, typer.Option(help="Of the Gaussian prior.")] = 1.0,
-    data_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Local data; else BAYESIAN_LORA_DATA.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    examples: Examples = None,
+    epochs: Epochs = 3,
+    lr: Rate = 2e-3,
+    batch_size: BatchSize = 32,
+    prior_std: PriorStd = 1.0,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: Seed = 0,
 ) -> None:
     """Train a stack further on one or several of its tasks; both ends are measured on all tasks.
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayesian_lora.cli.options import Seed, in_options, refuse
 from bayesian_lora.errors import InputError
+from bayesian_lora.utils.text_table import aligned
 
 if TYPE_CHECKING:
     from bayesian_lora.composition.pair_figures import Adapter
@@ -23,31 +25,28 @@ EPILOG = (
 )
 FILE = "similarity.json"
 NOTHING = "n/a"
+AdaptersHelp = (
+    "Two or more: PEFT folders, runs, ensembles, stacks, or state dicts (.safetensors, .pt) in "
+    "PEFT's naming."
+)
+Adapters = Annotated[list[str], typer.Argument(metavar="[NAME=]ADAPTER", help=AdaptersHelp)]
+OutHelp = f"A new folder for {FILE} and heat maps (PNG)."
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help=OutHelp)]
 
 
+@in_options
 def similarity(
-    adapters: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[NAME=]ADAPTER",
-            help="Two or more: PEFT folders, runs, ensembles, stacks, or state dicts "
-            "(.safetensors, .pt) in PEFT's naming.",
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help=f"Write {FILE} and heat maps (PNG) there."),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the random LoRAs.")] = 0,
-    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Random LoRAs drawn.")] = 10,
+    context: typer.Context,
+    adapters: Adapters,
+    out: Out = None,
+    seed: Seed = 0,
+    repeats: Annotated[int, typer.Option(metavar="N", min=2, help="Random LoRAs drawn.")] = 10,
     ranks: Annotated[
-        int | None, typer.Option("--ranks", min=1, help="Largest i and j of φ(i, j) kept.")
+        int | None, typer.Option(metavar="R", min=1, help="Largest i and j of φ(i, j) kept.")
     ] = None,
     members: Annotated[
         str,
-        typer.Option(
-            "--members", metavar="first|all", help="Of ensembles: the first member, or all pairs."
-        ),
+        typer.Option(metavar="first|all", help="Of ensembles: the first member, or all pairs."),
     ] = "first",
     drift: Annotated[
         bool, typer.Option("--drift", help="Of two stacks: how far the first one moved.")
@@ -59,7 +58,13 @@ def similarity(
     second adapter, and for φ also max(i, j)/n, its mean for random subspaces. φ, angles and
     distances come from the singular vectors of ΔW on its left (output) and right (input) side.
     """
-    _check(members, out)
+    _check(adapters, members, drift)
+    if drift:
+        refuse(context, ["members"], "it acts on nothing with --drift")
+    if out is not None:
+        from bayesian_lora.composition.stack_files import check_free
+
+        check_free(out, beside=())
     options: dict[str, Any] = {"seed": seed, "repeats": repeats, "ranks": ranks}
     if drift:
         result = _drift(adapters, options)
@@ -79,27 +84,33 @@ def similarity(
         _write(out, result, drawn)
 
 
-def _check(members: str, out: Path | None) -> None:
+def _check(adapters: Sequence[str], members: str, drift: bool) -> None:
+    """Mistakes that no adapter need be read for."""
     if members not in ("first", "all"):
         raise InputError(f"--members {members}: give first or all")
-    if out is not None and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: a file; name a folder")
+    if drift and len(adapters) != 2:
+        raise InputError(
+            f"--drift with {len(adapters)} arguments: give two stacks, before and after training"
+        )
+    if len(adapters) < 2:
+        raise InputError(
+            f"{adapters[0]} alone: a comparison needs at least two adapters; name another one"
+        )
 
 
 def _adapters(arguments: Sequence[str]) -> "list[Adapter]":
     """Stacks as they are, everything else by `read_sources`, in the order given."""
     from bayesian_lora.composition.similarity import adapter_of, adapter_of_stack
-    from bayesian_lora.composition.sources import read_sources
+    from bayesian_lora.composition.sources import _name_and_path, read_sources
     from bayesian_lora.composition.stack_files import is_stack, read_stack
 
-    stacks = {text: path for text in arguments if is_stack(path := text.rpartition("=")[2])}
-    others = [text for text in arguments if text not in stacks]
+    named = [_name_and_path(text) for text in arguments]
+    others = [text for text, (_, path) in zip(arguments, named, strict=True) if not is_stack(path)]
     found = iter(read_sources(others)) if others else iter(())
     adapters: list[Adapter] = []
-    for text in arguments:
-        if text in stacks:
-            name = text.rpartition("=")[0] or Path(stacks[text]).resolve().name
-            adapter = adapter_of_stack(name, read_stack(stacks[text]))
+    for name, path in named:
+        if is_stack(path):
+            adapter = adapter_of_stack(name or path.resolve().name, read_stack(path))
         else:
             adapter = adapter_of(next(found))
         taken = {other.name for other in adapters}
@@ -113,10 +124,6 @@ def _drift(arguments: Sequence[str], options: Mapping[str, Any]) -> dict[str, An
     from bayesian_lora.composition.similarity import drift
     from bayesian_lora.composition.stack_files import read_stack
 
-    if len(arguments) != 2:
-        raise InputError(
-            f"--drift with {len(arguments)} arguments: give two stacks, before and after training"
-        )
     before, after = (read_stack(path) for path in arguments)
     return drift(before, after, **options)
 
@@ -137,7 +144,7 @@ def adapter_lines(adapters: Sequence[Mapping[str, Any]]) -> list[str]:
         norm = NOTHING if facts["norm"] is None else f"{facts['norm']:.4g}"
         counts = (str(facts[key]) for key in ("rank", "modules", "members"))
         rows.append((facts["name"], *counts, norm, facts.get("reason", "")))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def pair_lines(title: str, pair: Mapping[str, Any]) -> list[str]:
@@ -157,7 +164,7 @@ def pair_lines(title: str, pair: Mapping[str, Any]) -> list[str]:
     change = "relative_change" in whole
     rows = [(*columns, "change", "random LoRA") if change else tuple(columns)]
     rows += [_row(name, group, change) for name, group in groups]
-    lines = [title, *(f"  {line}" for line in _aligned(rows))]
+    lines = [title, *(f"  {line}" for line in aligned(rows))]
     lines += [f"  over members, {text}" for text in _members(whole)]
     lines.append(f"  factor-wise cosines: {_factors(pair)}")
     if "reason" in whole:
@@ -217,18 +224,6 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _spread(value: Mapping[str, float] | None) -> str:
     return NOTHING if value is None else f"{_number(value['mean'])} ± {value['sd']:.1g}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Words to the left, everything after the first column to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            text.rjust(width) if i else text.ljust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _write(out: Path, result: Mapping[str, Any], drawn: Mapping[str, Any]) -> None:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayesian_lora.cli.options import DataDir, Device, Seed, in_options, refuse
 from bayesian_lora.errors import InputError
+from bayesian_lora.utils.text_table import span
 
 if TYPE_CHECKING:
     from bayesian_lora.composition.sources import Source
@@ -41,10 +43,12 @@ MembersHelp = (
     "default."
 )
 RankHelp = "Cut the result to this rank by SVD; the error made is shown."
-FitHelp = "Fit the weights on this many training examples of each task."
+FitHelp = "Fit the weights on this many training examples of each task (--data-dir, --device)."
 
 
+@in_options
 def stack(
+    context: typer.Context,
     adapters: Adapters,
     weights: Annotated[str | None, typer.Option(metavar="W1,W2,…", help=WeightsHelp)] = None,
     scaling: Annotated[str, typer.Option(metavar="HOW", help=ScalingHelp)] = "exact",
@@ -53,10 +57,13 @@ def stack(
     merge: Annotated[
         str | None, typer.Option(metavar="METHOD", help="ties, dare_linear or dare_ties.")
     ] = None,
-    density: Annotated[float, typer.Option(help="Share of numbers that --merge keeps.")] = 0.5,
+    density: Annotated[
+        float, typer.Option(metavar="X", help="Share of numbers that --merge keeps.")
+    ] = 0.5,
     fit: Annotated[int | None, typer.Option(min=1, metavar="N", help=FitHelp)] = None,
-    data_dir: Annotated[str | None, typer.Option(help="Local data sets, for --fit.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of DARE and of the examples to fit on.")] = 0,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    seed: Seed = 0,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="A new folder; runs/stack-NAMES by default.")
     ] = None,
@@ -68,30 +75,31 @@ def stack(
     """
     numbers = _numbers(weights)
     _check_options(numbers, scaling, merge, fit)
-    if out is not None:
-        _check_free(out)
+    if merge is None:
+        refuse(context, ["density"], "it acts with --merge alone")
+    if fit is None:
+        refuse(context, ["data_dir", "device"], "it acts with --fit alone")
     from bayesian_lora.composition.sources import read_sources
     from bayesian_lora.composition.stack_files import write_stack
+    from bayesian_lora.experiment.compose import fitted_on, free_folder
+    from bayesian_lora.progress import Progress
 
+    if out is not None:
+        free_folder(out, out)
     sources = read_sources(adapters)
-    folder = Path(out or "runs/stack-" + "-".join(source.name for source in sources))
-    _check_free(folder)
+    folder = free_folder(out, "runs/stack-" + "-".join(source.name for source in sources))
     if merge is not None:
         options = {"members": members, "rank": rank, "seed": seed}
         made = _merged(sources, numbers, merge, density, **options)
     else:
         made = _stacked(sources, numbers, scaling, members, over_width=rank is not None)
-        made = made if fit is None else _fitted(made, fit, data_dir, seed)
+        if fit is not None:
+            where = {"data_dir": data_dir, "device": device}
+            made = fitted_on(made, fit, seed=seed, progress=Progress(), **where)
         made = made if rank is None else _cut(made, rank)
     write_stack(folder, made)
     for line in describe(made, folder):
         typer.echo(line)
-
-
-def _check_free(folder: str | Path) -> None:
-    from bayesian_lora.composition.stack_files import check_free
-
-    check_free(folder)
 
 
 def _numbers(text: str | None) -> list[float] | None:
@@ -152,37 +160,6 @@ def _merged(
     return merge(sources, method, density, weights, progress=Progress(), **options)
 
 
-def _fitted(found: "Stack", examples: int, data_dir: str | None, seed: int) -> "Stack":
-    """At the weights that suit some training examples of each task best."""
-    from bayesian_lora.composition.fitting import fit_weights, reweighted
-    from bayesian_lora.composition.stack_model import load_tokenizer
-    from bayesian_lora.composition.task_data import task_spec
-    from bayesian_lora.data.batching import TokenisedSet
-    from bayesian_lora.data.preparation import data_folder, load_train
-    from bayesian_lora.data.token_cache import default_folder
-    from bayesian_lora.progress import Progress
-
-    folder, specs = data_folder(data_dir, "--data-dir"), {}
-    for name, task in found.tasks.items():
-        specs[name] = task_spec(task)
-    tokenizer, cache, sets = load_tokenizer(found), default_folder(), {}
-    for name, spec in specs.items():
-        try:
-            few, _ = load_train(
-                spec, data_dir=folder, train_examples=examples, validation_share=0.0, seed=seed
-            )
-        except InputError as error:  # which knows the number by its name in configs
-            words = str(error).replace("data.train_examples=", "--fit ")
-            raise InputError(f"task {name!r}: {words}") from error
-        sets[name] = TokenisedSet(few, tokenizer, found.tasks[name].max_length, cache)
-    fitted = fit_weights(found, sets, progress=Progress())
-    typer.echo(
-        f"Fitted on {examples} examples a task: mean NLL {fitted.loss_before:.4f} at weights 1, "
-        f"{fitted.loss_after:.4f} at those found (the same examples)"
-    )
-    return reweighted(found, fitted.weights, fitted.facts())
-
-
 def describe(found: "Stack", folder: Path) -> list[str]:
     """The lines that say what was made, where, and what can be done with it."""
     spec, facts = found.spec, found.facts
@@ -209,4 +186,4 @@ def describe(found: "Stack", folder: Path) -> list[str]:
 def _place(start: int, stop: int) -> str:
     if stop <= start:
         return "in all columns"
-    return f"column {start}" if stop == start + 1 else f"columns {start} to {stop - 1}"
+    return f"column{'s' if stop - start > 1 else ''} {span(start, stop)}"

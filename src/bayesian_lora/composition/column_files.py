@@ -24,6 +24,7 @@ from bayesian_lora.composition.columns import columns_of, is_factor, masked, par
 from bayesian_lora.composition.stack import Part, Stack, StackTask
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.evaluation import evaluate
 from bayesian_lora.manifest import MANIFEST
 from bayesian_lora.member_files import (
     PackReader,
@@ -34,6 +35,8 @@ from bayesian_lora.member_files import (
 from bayesian_lora.models.hf_lora import LoraSpec
 from bayesian_lora.models.peft_io import adapter_config
 from bayesian_lora.models.sources import file_sha256
+from bayesian_lora.models.task_heads import is_reserved
+from bayesian_lora.predict import Predictions
 from bayesian_lora.utils.files import read_json, read_npz, write_json, write_npz
 from bayesian_lora.utils.lock import LOCK
 from bayesian_lora.utils.lora_params import stack as stacked
@@ -70,7 +73,8 @@ def check_names(names: Sequence[str]) -> None:
     """Raises InputError for no tasks, a name given twice, or one no folder can have."""
     if not names:
         raise InputError("no task to grow: name at least one, such as sst2")
-    if twice := [name for name in names if names.count(name) > 1]:
+    folders = [name.casefold() for name in names]  # on systems without case too
+    if twice := [name for name in names if folders.count(name.casefold()) > 1]:
         raise InputError(
             f"task {twice[0]!r} is named twice: each task grows once; to train it again on new "
             f"columns, give it a second name, as in again={twice[0]}"
@@ -78,6 +82,24 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if not _NAME.fullmatch(name):
             raise InputError(f"task name {name!r}: use letters, digits, - and _ only")
+        if is_reserved(name):
+            raise InputError(
+                f"task name {name!r}: Python's modules use that word; give the task another name, "
+                f"as in {name}-task={name}"
+            )
+
+
+def check_baselines(
+    baselines: Mapping[str, Mapping[str, float]], own: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises InputError for a baseline of a figure that evaluation has not; own: by task."""
+    for task, figures in baselines.items():
+        one = Predictions(np.eye(2)[None], np.arange(2), np.ones(1), np.arange(2))
+        known = {n: v for n, v in evaluate(own.get(task, ()), False, one).items() if v is not None}
+        if odd := [name for name in figures if name not in known]:
+            raise InputError(
+                f"baseline of {task}: no figure {odd[0]!r}; choose of {', '.join(known)}"
+            )
 
 
 def begin(folder: Path, settings: Mapping[str, Any]) -> None:

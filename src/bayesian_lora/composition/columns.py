@@ -184,9 +184,10 @@ def _random(pairs: list[Pair]) -> dict[str, float | None]:
     whole = float(np.sqrt(np.square(norms).sum(0)).prod())
     inner = float(np.sqrt((np.square(norms.prod(1)) / sizes).sum()))
     defined = [pair for pair in pairs if pair.defined]
+    own = np.array([pair.widths[0] * pair.widths[1] for pair in defined], dtype=np.float64)
     phi = [[max(pair.ranks) / pair.widths[side] for pair in defined] for side in range(len(SIDES))]
     return {
         "cosine": inner / whole if whole > 0 else None,
-        "cosine_mean": float(np.sqrt((1 / sizes).sum()) / len(sizes)),
+        "cosine_mean": float(np.sqrt((1 / own).sum()) / len(own)) if defined else None,
         **{f"phi_{n}": float(np.mean(x)) if x else None for n, x in zip(SIDES, phi, strict=True)},
     }

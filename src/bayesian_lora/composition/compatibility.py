@@ -4,7 +4,7 @@ Shapes: D widths, C classes.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +106,40 @@ def _canonical(base: str) -> str:
     return MINILM_HUB_ID if base == "minilm" else base
 
 
+def same_base(first: Mapping[str, Any] | None, second: Mapping[str, Any] | None) -> bool:
+    """Whether two `model` facts may be of one base: by fingerprint, or else by name.
+
+    Fingerprints decide where both have one. Where nothing is known of one, nothing speaks against.
+    """
+    facts = [model or {} for model in (first, second)]
+    prints = [model.get("fingerprint") for model in facts]
+    if None not in prints:
+        return prints[0] == prints[1]
+    names = [model.get("base") or model.get("name") for model in facts]
+    return not all(names) or _canonical(str(names[0])) == _canonical(str(names[1]))
+
+
+def known_model(source: Source) -> dict[str, Any]:
+    """What is known of a source's base, also where its `adapter_config.json` alone names it."""
+    return {**(source.model or {}), "base": base_of(source)}
+
+
 def _check_base(a: Source, b: Source) -> None:
     ids = [base_of(source) or "" for source in (a, b)]
     prints = [fingerprint_of(source) for source in (a, b)]
+    if same_base(known_model(a), known_model(b)):
+        return
     if prints[0] is not None and prints[1] is not None:
-        if prints[0] != prints[1]:
-            raise InputError(
-                f"{a.name!r} was made on {ids[0]} (fingerprint {prints[0][:12]}…), {b.name!r} on "
-                f"{ids[1]} ({prints[1][:12]}…): adapters of different base models cannot be "
-                "stacked; leave one out"
-            )
-    elif _canonical(ids[0]) != _canonical(ids[1]):
         raise InputError(
-            f"{a.name!r} was made on {ids[0]}, {b.name!r} on {ids[1]}: adapters of different base "
-            "models cannot be stacked; leave one out, or, if they are the same model, name it "
-            "alike in base_model_name_or_path"
+            f"{a.name!r} was made on {ids[0]} (fingerprint {prints[0][:12]}…), {b.name!r} on "
+            f"{ids[1]} ({prints[1][:12]}…): adapters of different base models cannot be "
+            "stacked; leave one out"
         )
+    raise InputError(
+        f"{a.name!r} was made on {ids[0]}, {b.name!r} on {ids[1]}: adapters of different base "
+        "models cannot be stacked; leave one out, or, if they are the same model, name it "
+        "alike in base_model_name_or_path"
+    )
 
 
 def _check_layers(a: Source, b: Source) -> None:

@@ -24,12 +24,14 @@ def experts_of(stack: Stack, top_k: int | None = None) -> list[int]:
     if nameless := [part.name for part in parts if part.task not in stack.tasks]:
         raise InputError(
             f"part {nameless[0]!r} belongs to none of the tasks {', '.join(stack.tasks)}, so its "
-            "weight would say nothing of the task; name its task when stacking"
+            "weight would say nothing of the task; stack the adapters anew with 'bayesian-lora "
+            "stack', which makes each a task"
         )
     tasks = {part.task for part in parts}
     if lone := [task for task in stack.tasks if task not in tasks]:
         raise InputError(
-            f"task {lone[0]!r} has no adapter in the stack to gate; stack one, or drop it"
+            f"task {lone[0]!r} has no adapter in the stack to gate; stack the adapters anew, with "
+            "one of it or without the task"
         )
     columns = [-1] * rank
     for number, part in enumerate(parts):
@@ -52,3 +54,11 @@ def experts_of(stack: Stack, top_k: int | None = None) -> list[int]:
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name} is not finite; stack adapters that are whole")
     return columns
+
+
+def alike(stack: Stack) -> list[list[str]]:
+    """Tasks of one data set, which no gate can tell apart: their texts are the same."""
+    found: dict[str, list[str]] = {}
+    for name, task in stack.tasks.items():
+        found.setdefault(task.data, []).append(name)
+    return [names for names in found.values() if len(names) > 1]

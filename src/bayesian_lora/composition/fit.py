@@ -6,7 +6,7 @@ Shapes: M chains, B examples of a chain's batch, R rank, C_t classes of task t, 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from bayesian_lora.learning_rates import ScheduleName
 from bayesian_lora.models.task_heads import TaskModel
 from bayesian_lora.posterior import PriorGroup
 from bayesian_lora.progress import Progress
+from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.utils.rng import chain_generators
 from bayesian_lora.warm_start import EpochReport, StepReport, WarmStart
 
@@ -33,7 +34,8 @@ class Recipe:
 
     patience: epochs without a better held-out NLL after which a chain keeps its best epoch; None
     goes to the end (the best epoch counts all the same). steps_per_epoch: None is as many as the
-    largest of the chains' training data fills. prior_std: of the Gaussian prior on what is trained.
+    largest of the chains' training data fills, and one a task. prior_std: of the Gaussian prior on
+    what is trained.
     """
 
     epochs: int = 5
@@ -45,10 +47,14 @@ class Recipe:
     steps_per_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"epochs": self.epochs, "batch_size": self.batch_size}
-        least |= {"patience": self.patience or 1, "steps_per_epoch": self.steps_per_epoch or 1}
-        if wrong := [name for name, value in least.items() if value < 1]:
-            raise InputError(f"{wrong[0]}={getattr(self, wrong[0])}: must be at least 1")
+        for name in ("epochs", "batch_size", "patience", "steps_per_epoch"):
+            value = getattr(self, name)
+            if value is None and name in ("patience", "steps_per_epoch"):
+                continue
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name}={value!r}: must be a whole number of at least 1")
+        if self.schedule not in (known := get_args(ScheduleName)):
+            raise InputError(f"schedule={self.schedule!r}: choose one of {', '.join(known)}")
         for name in ("lr", "prior_std"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)}: must be a positive number")
@@ -104,10 +110,10 @@ def fit(
         penalty: (M,), added to the loss once a step, such as an overlap of factors.
 
     Raises:
-        InputError: a plan without tasks, or of a task there is no data for.
-        Diverged: a loss that is not finite.
+        InputError: a plan without tasks, of a task there is no data for, or of more tasks than
+            its batches reach; a loss that is not finite.
     """
-    _check(plans, data, model)
+    _check(plans, data, model, recipe)
     began = time.monotonic()
     used = [t for t in model.slices if any(t in plan.tasks for plan in plans)]
     train = JoinedSet({t: data[t].train for t in used}, model.slices)
@@ -133,7 +139,7 @@ def fit(
     warm.optimizer.register_step_pre_hook(lambda *_: _finish_gradient(moving, masks, penalty))
     history = _History(order.batches_per_epoch * recipe.batch_size / len(train), progress)
     progress.start("Fitting", warm.total)
-    warm.run(history.step, history.epoch)
+    _run(warm, history, recipe.lr)
     progress.end()
     return FitReport(
         warm.best_epoch.tolist(),
@@ -144,7 +150,16 @@ def fit(
     )
 
 
-def _check(plans: Sequence[ChainPlan], data: Mapping[str, TaskData], model: TaskModel) -> None:
+def _run(warm: WarmStart, history: "_History", lr: float) -> None:
+    try:
+        warm.run(history.step, history.epoch)
+    except Diverged as error:
+        raise InputError(f"lr={lr:g}: {error}; lower it, such as to {lr / 4:g}") from error
+
+
+def _check(
+    plans: Sequence[ChainPlan], data: Mapping[str, TaskData], model: TaskModel, recipe: Recipe
+) -> None:
     for plan in plans:
         if not plan.tasks:
             raise InputError("a chain is fitted to no task: name at least one")
@@ -153,13 +168,25 @@ def _check(plans: Sequence[ChainPlan], data: Mapping[str, TaskData], model: Task
                 raise InputError(f"task {task!r}: not carried; there are {', '.join(model.slices)}")
             if task not in data:
                 raise InputError(f"task {task!r}: no data given for it")
+        if plan.mixing == "sum" and recipe.batch_size < len(plan.tasks):
+            raise InputError(
+                f"batch_size={recipe.batch_size}: a batch has examples of each of "
+                f"{len(plan.tasks)} tasks; raise it to at least {len(plan.tasks)}"
+            )
+        steps = recipe.steps_per_epoch
+        if plan.mixing == "alternate" and steps is not None and steps < len(plan.tasks):
+            raise InputError(
+                f"steps_per_epoch={steps}: {len(plan.tasks)} tasks in turn need a step each; raise "
+                f"it to at least {len(plan.tasks)}, or mix the tasks by sum"
+            )
     assert len(plans) == model.num_chains
 
 
 def _order(
     train: JoinedSet, plans: Sequence[ChainPlan], recipe: Recipe, largest: int, seed: int
 ) -> TaskOrder:
-    steps = recipe.steps_per_epoch or -(-largest // recipe.batch_size)
+    turns = max(len(plan.tasks) for plan in plans)
+    steps = recipe.steps_per_epoch or max(-(-largest // recipe.batch_size), turns)
     return TaskOrder(
         train,
         [plan.tasks for plan in plans],

@@ -25,6 +25,7 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.evaluation import Figures, evaluate
 from bayesian_lora.metrics import Array
 from bayesian_lora.predict import Predictions
+from bayesian_lora.utils.text_table import aligned
 
 COVERAGES = tuple(i / 10 for i in range(1, 11))
 
@@ -145,11 +146,18 @@ def _load(found: GatedOutputs, weights: np.ndarray, names: Sequence[str], rows: 
 
 
 def _gate_figures(found: GatedOutputs, by_task: Array, weights: np.ndarray) -> Figures:
-    """Entropies of the weights on experts and of gate(task | x), and what members disagree on."""
+    """Entropies of the weights on experts and of gate(task | x), and what members disagree on.
+
+    ``gate_entropy``: of the weights, mean over layers and tokens; ``entropy_of_mean_weights`` (also
+    under its older name ``expert_entropy``): of each text's mean weights, which is no less.
+    """
+    of_mean = float((weights @ entropy(found.full)).mean())
     total = entropy(_mean(by_task, weights))
     expected = weights @ entropy(by_task)
     figures: Figures = {
-        "expert_entropy": float((weights @ entropy(found.full)).mean()),
+        "expert_entropy": of_mean,
+        "gate_entropy": float((weights @ found.entropy.astype(np.float64)).mean()),
+        "entropy_of_mean_weights": of_mean,
         "task_entropy": float(total.mean()),
         "task_expected_entropy": float(expected.mean()),
         "task_mutual_information": float(np.maximum(total - expected, 0).mean()),
@@ -177,7 +185,10 @@ def within_tasks(model: GatedModel, data: TokenisedSet) -> dict[int, Array]:
         for i in own:
             with model.expert(i):
                 alone.append(metrics.softmax(model.outputs(data).joint[..., part]))
-        shares = full[..., own] / full[..., own].sum(-1, keepdims=True)
+        mass = full[..., own].sum(-1, keepdims=True)
+        # Where a text's weights on all of them underflowed, none is more likely than another.
+        equal = np.full(full[..., own].shape, 1 / len(own))
+        shares = np.divide(full[..., own], mass, out=equal, where=mass > 0)
         found[t] = mixture_information(shares, np.stack(alone, 2))
     return found
 
@@ -199,7 +210,8 @@ def abstention(doubt: np.ndarray, right: np.ndarray) -> Figures:
 
     Examples of equal doubt are answered or left together on average, whatever their order. The
     area is the mean over n of the error rate of the n least doubtful (Geifman & El-Yaniv 2017):
-    0 at best, the error rate itself where doubt says nothing.
+    ``area_of_oracle`` at best, where all wrong answers are doubted more than all right ones, and
+    the error rate itself where doubt says nothing.
 
     Args:
         doubt: (N,), such as the predictive entropy.
@@ -208,11 +220,13 @@ def abstention(doubt: np.ndarray, right: np.ndarray) -> Figures:
     _, group, sizes = np.unique(doubt, return_inverse=True, return_counts=True)
     share = np.bincount(group, weights=right.astype(np.float64)) / sizes
     accuracy = np.cumsum(np.repeat(share, sizes)) / np.arange(1, len(doubt) + 1)
+    best = np.sort(right.astype(np.float64))[::-1]
     at = [max(1, round(c * len(doubt))) - 1 for c in COVERAGES]
     return {
         "coverage": list(COVERAGES),
         "accuracy": [float(accuracy[i]) for i in at],
         "area": float((1 - accuracy).mean()),
+        "area_of_oracle": float((1 - np.cumsum(best) / np.arange(1, len(doubt) + 1)).mean()),
     }
 
 
@@ -223,15 +237,15 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> Array:
 
 def table(figures: Figures) -> list[str]:
     """Lines for a person: a row per task, the mixture, experts' load, doubt."""
-    head = ("gate", "joint acc", "acc | task", "joint NLL", "NLL | task")
-    lines = [f"{'':<16}" + "".join(f"{name:>12}" for name in head)]
+    rows = [["", "gate", "joint acc", "acc | task", "joint NLL", "NLL | task"]]
     for task, own in figures["tasks"].items():
         given = own["given_task"]
         row = (own["gate_accuracy"], own["joint_accuracy"], given["accuracy"])
-        lines.append(f"{task:<16}" + _row((*row, own["joint_nll"], given["nll"])))
+        rows.append([task, *map(_digits, (*row, own["joint_nll"], given["nll"]))])
     mixture = figures["mixture"]
-    row = (mixture["gate_accuracy"], mixture["accuracy"], None, mixture["nll"], None)
-    lines += [f"{'mixture':<16}" + _row(row), "", "Experts' mean weight (share of texts it leads):"]
+    row = (mixture["gate_accuracy"], mixture["accuracy"], None, mixture["nll"])
+    rows.append(["mixture", *map(_digits, row)])
+    lines = [*aligned(rows), "", "Experts' mean weight (share of texts it leads):"]
     for task, own in figures["tasks"].items():
         cells = [f"{n} {x['weight']:.2f} ({x['top']:.0%})" for n, x in own["load"].items()]
         lines.append(f"  on {task}: {', '.join(cells)}")
@@ -254,5 +268,5 @@ def table(figures: Figures) -> list[str]:
     return lines
 
 
-def _row(values: Sequence[float | None]) -> str:
-    return "".join(f"{'':>12}" if v is None else f"{v:>12.4f}" for v in values)
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -42,12 +42,14 @@ LEAST = 1e-30
 class GatedOutputs:
     """A gated model on a set: joint (K, N, ΣC) log p(task, y | x), mean weights (K, N, E).
 
-    full: the gate's softmax, used: what acts of it, which differ under top-k.
+    full: the gate's softmax, used: what acts of it, which differ under top-k. entropy (K, N): of
+    the softmax itself, mean over layers and tokens, nats; at most that of the mean `full`.
     """
 
     joint: np.ndarray
     full: np.ndarray
     used: np.ndarray
+    entropy: np.ndarray
 
 
 class GatedModel(TaskModel):
@@ -84,8 +86,9 @@ class GatedModel(TaskModel):
     @contextmanager
     def member(self, k: int) -> Iterator[None]:
         """Member k alone, its update not merged: for inference."""
-        own, directions = self.chain_parameters(), self.gate.prototypes
+        own = self.chain_parameters()
         with self.turn:
+            directions = self.gate.prototypes  # within the turn, or another member's may be taken
             whole = {name: parameter.data for name, parameter in own.items()}
             try:
                 for name, parameter in own.items():
@@ -115,7 +118,8 @@ class GatedModel(TaskModel):
             pooled = self.pooled(input_ids, attention_mask, token_type_ids)
             scores = self.gate.sequence_scores(pooled.expand(chains, -1, -1))
         mask = attention_mask.expand(chains, *attention_mask.shape[-2:]).flatten(0, 1)
-        with self.gate.running(Run(mask.to(self.device) != 0, scores)) as run:
+        run = Run(mask.to(self.device) != 0, scores, entropies=[] if self._beside else None)
+        with self.gate.running(run):
             logits = super()._forward(input_ids, attention_mask, token_type_ids)
         full, used = (
             torch.stack(w).mean(0).unflatten(0, (chains, -1)) for w in (run.full, run.used)
@@ -123,7 +127,10 @@ class GatedModel(TaskModel):
         joint = self._joint(logits, full)
         if torch.is_grad_enabled():
             self.weights = full
-        return torch.cat([joint, full.to(joint), used.to(joint)], -1) if self._beside else joint
+        if run.entropies is None:
+            return joint
+        doubt = torch.stack(run.entropies).mean(0).unflatten(0, (chains, -1))
+        return torch.cat([joint, full.to(joint), used.to(joint), doubt.to(joint)], -1)
 
     def _joint(self, logits: Tensor, weights: Tensor) -> Tensor:
         """Task logits (M, B, ΣC) and weights (M, B, E) → log p(task, y | x)."""
@@ -170,9 +177,9 @@ class GatedModel(TaskModel):
             finally:
                 self._beside = False
         classes = max(part.stop for part in self.slices.values())
-        ends = [classes, classes + self.gate.experts]
-        joint, full, used = np.split(found, ends, axis=-1)
-        return GatedOutputs(joint, full, used)
+        ends = [classes, classes + self.gate.experts, classes + 2 * self.gate.experts]
+        joint, full, used, doubt = np.split(found, ends, axis=-1)
+        return GatedOutputs(joint, full, used, doubt[..., 0])
 
 
 def gated_model(

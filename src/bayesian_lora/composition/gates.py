@@ -2,13 +2,15 @@
 
 Training minimises −log p(task, y | x) on batches with an equal share of every task: its task is
 part of a text's label, and no part of its input. A load-balance term −c·Σ_i log w̄_i, w̄ the mean
-weights of a pass, keeps experts from falling idle (as MoLE's, Wu et al. 2024); held-out losses,
-which decide on the epoch that is kept, are without it.
+weights of a batch (which is then one pass, with its memory), keeps experts from falling idle (as
+MoLE's, Wu et al. 2024); held-out losses, which decide on the epoch that is kept, are without it.
 
 Afterwards SGLD (Welling & Teh 2011) may sample the gate's parameters, experts fixed: N counts the
 training examples of all tasks, drawn uniformly, the prior is N(0, σ²). Each member's gate is then
-one draw, after `posterior_steps` steps from the fit; directions that the data leave free have
-hardly moved in so few, so the gate's spread is a lower bound.
+one draw, after `posterior_steps` steps from the fit. Their spread is too narrow along directions
+that the data leave free, which so few steps hardly move, and too wide by T_eff along stiff ones,
+which minibatch noise heats; the report has the stiffest one's. One member is one draw, of which no
+uncertainty comes.
 
 Shapes: K members, M = K chains, E experts.
 """
@@ -20,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bayesian_lora.composition.experts import experts_of
+from bayesian_lora.account import measure
+from bayesian_lora.composition.experts import alike, experts_of
 from bayesian_lora.composition.fit import ChainPlan, Recipe, fit
 from bayesian_lora.composition.gated_model import LEAST, GatedModel, gated_model
 from bayesian_lora.composition.stack import Stack
@@ -112,6 +116,11 @@ class GateObjective(StackObjective):
     joint = True
     balance = 0.0
 
+    def _pass_size(self, rows: np.ndarray) -> int | None:
+        # The term is of the whole batch's mean weights: passes are cut by length, and the mean of
+        # each would depend on where they are cut. It costs the memory of the whole batch.
+        return None if self.balance else super()._pass_size(rows)
+
     def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
         nll = super().losses(outputs, batch)
         assert isinstance(self.model, GatedModel)
@@ -151,6 +160,12 @@ def train_gate(
         raise InputError(f"task {missing[0]!r}: a gate is trained on all its tasks; give its data")
     plain = Gated(stack, options, {})
     report: dict[str, Any] = {"kind": options.kind, "members": len(stack), "trained": False}
+    if same := alike(stack):
+        report["same_data"] = same
+        progress.say(
+            f"Tasks {' and '.join(same[0])} are of one data set: no text tells them apart, so the "
+            "gate can only guess between them; gate a stack of one of them alone"
+        )
     if options.kind == "arrow":
         return dataclasses.replace(plain, report=report)
     model = gated_model(
@@ -162,14 +177,21 @@ def train_gate(
         device=device,
         source=source,
     )
-    try:
-        report |= _fit(model, data, options, recipe, seed, progress)
-        if options.posterior_steps:
+    report |= _fit(model, data, options, recipe, seed, progress)
+    if options.posterior_steps:
+        try:
             report["posterior"] = _sample(model, data, options, recipe, seed, progress)
-    except Diverged as error:
-        raise InputError(f"the gate's training stopped: {error}; lower its step size") from error
+        except Diverged as error:
+            h = options.step_size
+            raise InputError(
+                f"step_size={h:g}: {error}; lower its step size, such as to {h / 4:g}"
+            ) from error
     found = {n: p.detach().to("cpu", copy=True) for n, p in model.chain_parameters().items()}
-    whole = stack if options.frozen else updated(stack, found, weights=stack.weights)
+    whole = stack
+    if not options.frozen:
+        how = {"with": "gate", "seed": seed, "recipe": dataclasses.asdict(recipe)}
+        facts = {**stack.facts, "retrained": how}
+        whole = updated(stack, found, weights=stack.weights, facts=facts)
     state = {name: tensor for name, tensor in found.items() if is_gate(name)}
     return Gated(whole, options, state, report)
 
@@ -242,18 +264,35 @@ def _sample(
         chain_dim=0,
         generators=chain_generators(seed, chains, "gate noise", model.device),
     )
-    progress.start("Sampling the gate", options.posterior_steps)
     with only(model, is_gate):
+        _watch(sampler, objective, recipe.batch_size, seed)
+        progress.start("Sampling the gate", options.posterior_steps)
         for step in range(1, options.posterior_steps + 1):
             loss = sampler.step(objective.closure(order.iid()))
             mean = float(loss.mean())
             progress.update(step, lambda mean=mean: f"loss {mean:.4f}")
     progress.end()
+    t_eff = sampler.t_eff
+    exactness = f"{SGLD.exactness}, experts fixed, one draw a member from the fit"
+    if model.num_chains == 1:
+        exactness += "; a single draw, of which no uncertainty comes"
     return {
         "sampler": "sgld",
+        "t_eff": None
+        if t_eff is None
+        else [t if math.isfinite(t) else None for t in t_eff.tolist()],
         "steps": options.posterior_steps,
         "step_size": options.step_size,
         "prior_std": recipe.prior_std,
         "num_examples": len(train),
-        "exactness": f"{SGLD.exactness}, experts fixed, one draw a member from the fit",
+        "exactness": exactness,
     }
+
+
+def _watch(sampler: SGLD, objective: GateObjective, size: int, seed: int) -> None:
+    """Have the sampler estimate T_eff along the stiffest direction, by batches of their own."""
+    generators = chain_generators(seed, range(sampler.num_chains), "gate probe")
+    probe = BatchOrder(len(objective.data), size, generators)
+    fixed = objective.closure(probe.iid())
+    measured = measure(sampler, lambda: objective.closure(probe.iid()), fixed)
+    sampler.watch(measured.direction, measured.curvature)

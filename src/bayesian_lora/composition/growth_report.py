@@ -25,6 +25,7 @@ from bayesian_lora.evaluation import Figures, evaluate_members, mean_and_sd
 from bayesian_lora.models.sources import resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
+from bayesian_lora.utils.text_table import aligned, span
 
 FIRST = "the first task has no earlier columns"
 LEFT_OUT = "the task was not trained alone"
@@ -153,3 +154,81 @@ def data_facts(data: TaskData) -> dict[str, Any]:
         "held_out": held_out.fingerprint(),
         "evaluation": {split: s.examples.fingerprint() for split, s in data.evaluation.items()},
     }
+
+
+def table(report: Mapping[str, Any]) -> list[str]:
+    """Lines for a person: figures, transfer, forgetting and angles of a growth's tasks."""
+    found = aligned(_own_rows(report), left=None)
+    if any(row["transfer"] for row in report.values()):
+        found += ["", "Forward transfer: on top of earlier columns, less the task alone"]
+        found += aligned(_transfer_rows(report), left=None)
+    if len(report) > 1:
+        found += ["", "After later tasks: with the task's mask, and with all columns on"]
+        found += aligned(_later_rows(report), left=None)
+        found += ["", "New columns to old (in brackets: in random position)"]
+        found += aligned(_angle_rows(report), left=None)
+    return found
+
+
+def _own_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for task, row in report.items():
+        added = row["parameters"]
+        for split, figures in row["after"].items():
+            own = [f"{name} {_value(figures, name):.4f}" for name in _names(figures)]
+            columns = span(*row["columns"])
+            rows.append([task, columns, f"{added['columns']:,} + {added['head']:,}", split, *own])
+    return [["task", "columns", "added (columns + head)", "split", "right after training"], *rows]
+
+
+def _transfer_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for task, row in report.items():
+        gains = row["transfer"] or {}
+        rows.append([task, *(f"{name} {_signed(gains[name])}" for name in _names(gains))])
+    return [row for row in rows if len(row) > 1]
+
+
+def _later_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = []
+    for task, row in report.items():
+        for after, entry in row["later"].items():
+            lost = entry["forgetting_unmasked"]
+            same = "identical" if entry["identical"] else f"{entry['largest_difference']:.2g} off"
+            own = [f"{name} {_signed(lost[name], -1)}" for name in _names(lost)]
+            rows.append([task, after, same, *own])
+    return [["task", "after", "its mask", "no mask: change"], *rows]
+
+
+def _angle_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["new", "old", "cosine of the updates", "overlap left", "overlap right"]]
+    for task, row in report.items():
+        for entry in row["angles"]:
+            mean, random = entry["mean"], entry["mean"]["random"]
+            cells = [
+                f"{_digits(mean[name])} ({sign}{_digits(random[name])})"
+                for name, sign in (("cosine", "±"), ("phi_left", ""), ("phi_right", ""))
+            ]
+            rows.append([task, entry["against"], *cells])
+    return rows
+
+
+def _names(figures: Mapping[str, Any]) -> list[str]:
+    """The figures shown, of those that are known."""
+    known = [name for name in ("accuracy", "f1", "mcc", "nll") if name in figures]
+    return [name for name in known if _value(figures, name) is not None]
+
+
+def _value(figures: Mapping[str, Any], name: str) -> Any:
+    """A figure; of several members the mean of theirs."""
+    value = figures.get("single", figures)[name]
+    return value["mean"] if isinstance(value, dict) else value
+
+
+def _signed(spread: Mapping[str, Any], sign: int = 1) -> str:
+    sd = "" if spread["sd"] is None else f" (sd {spread['sd']:.4f})"
+    return f"{sign * spread['mean'] + 0.0:+.4f}{sd}"
+
+
+def _digits(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from bayesian_lora.composition.compatibility import same_base
 from bayesian_lora.composition.subspaces import (
     SIDES,
     Pair,
@@ -59,12 +60,16 @@ class Adapter:
 @dataclass(frozen=True)
 class Plan:
     """Two adapters, the members (k, l) of them that are compared, the first one in full, and
-    whether ‖ΔW_2 − ΔW_1‖ is asked for."""
+    whether ‖ΔW_2 − ΔW_1‖ is asked for.
+
+    given: the pairs' weights; None where members are drawn independently, so that theirs multiply.
+    """
 
     first: Adapter
     second: Adapter
     members: Sequence[tuple[int, int]]
     difference: bool = False
+    given: np.ndarray | None = None
 
     @property
     def shared(self) -> list[str]:
@@ -73,7 +78,9 @@ class Plan:
 
     @property
     def weights(self) -> np.ndarray:
-        """One per pair of members; an ensemble's own two weights multiplied."""
+        """One per pair of members, summing to 1."""
+        if self.given is not None:
+            return self.given / self.given.sum()
         weights = [self.first.weights[k] * self.second.weights[m] for k, m in self.members]
         return np.array(weights) / sum(weights)
 
@@ -139,11 +146,16 @@ def check_plan(plan: Plan) -> None:
         InputError: of different bases, no common module, or other widths at one.
     """
     first, second = plan.first, plan.second
-    one, other = ((adapter.model or {}).get("fingerprint") for adapter in (first, second))
-    if one and other and one != other:
+    if not same_base(first.model, second.model):
+        facts = [adapter.model or {} for adapter in (first, second)]
+        what = [
+            f"{model.get('base') or model.get('name')}, fingerprint "
+            f"{str(model.get('fingerprint') or 'unknown')[:12]}"
+            for model in facts
+        ]
         raise InputError(
-            f"{first.name} and {second.name} belong to different base models (fingerprints "
-            f"{one[:12]} and {other[:12]}); compare adapters of one base"
+            f"{first.name} and {second.name} belong to different base models ({what[0]}; "
+            f"{what[1]}); compare adapters of one base"
         )
     if not plan.shared:
         raise InputError(

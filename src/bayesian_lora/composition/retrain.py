@@ -105,24 +105,25 @@ def check_variants(stack: Stack, variants: Sequence[Variant]) -> None:
         raise InputError(f"variants {names}: give at least one, each a name of its own")
     parts = {part.name: part for part in stack.parts}
     for v in variants:
-        known = [t for t in v.tasks if t in stack.tasks]
-        if not v.tasks or len(known) < len(v.tasks):
-            raise InputError(
-                f"variant {v.name!r}: tasks {list(v.tasks)}; the stack carries "
-                f"{', '.join(stack.tasks)}"
-            )
+        whose = f"variant {v.name!r}: " if len(variants) > 1 else ""
+        carried = f"the stack carries {', '.join(stack.tasks)}"
+        if not v.tasks:
+            raise InputError(f"{whose}no task to train on: {carried}, name one or several")
+        if unknown := [task for task in v.tasks if task not in stack.tasks]:
+            raise InputError(f"{whose}no task {unknown[0]!r}: {carried}, choose of them")
+        if twice := [task for task in v.tasks if v.tasks.count(task) > 1]:
+            raise InputError(f"{whose}task {twice[0]!r} is named twice; name it once")
         if v.part is not None and v.part not in parts:
-            raise InputError(
-                f"variant {v.name!r}: no part {v.part!r}; there are {', '.join(parts)}"
-            )
+            raise InputError(f"{whose}no part {v.part!r}; there are {', '.join(parts)}")
         if v.mixing not in ("alternate", "sum"):
-            raise InputError(f"variant {v.name!r}: mixing {v.mixing!r}; choose alternate or sum")
-        if not (0 <= v.orthogonality < np.inf and 0 <= v.distillation < np.inf):
-            raise InputError(f"variant {v.name!r}: a weight must be a number from 0")
+            raise InputError(f"{whose}mixing={v.mixing!r}: choose alternate or sum")
+        for name in ("orthogonality", "distillation"):
+            if not 0 <= (weight := getattr(v, name)) < np.inf:
+                raise InputError(f"{whose}{name}={weight}: must be a number from 0")
         columns = v.part is not None or v.orthogonality or v.distillation
         if columns and any(p.columns[0] == p.columns[1] for p in stack.parts):
             raise InputError(
-                f"variant {v.name!r}: the stack's columns belong to no part any more (compressed "
+                f"{whose}the stack's columns belong to no part any more (compressed "
                 "or merged); stack the adapters exactly"
             )
 
@@ -192,18 +193,21 @@ def _teacher_maker(model: TaskModel, stack: Stack) -> Factory:
 def teacher_log_probs(model: TaskModel, stack: Stack, data: JoinedSet) -> np.ndarray:
     """(N, Σ C): within each task's classes the log of the single adapter's mean probabilities.
 
-    Tasks without a part of their own keep what the stack itself says. The model's chains are
-    replaced.
+    The mean is over the members, and over the adapters of a task that has several. Tasks without
+    a part of their own keep what the stack itself says. The model's chains are replaced.
     """
     states = part_states(stack)
-    owner = {part.task: part.name for part in stack.parts if part.task is not None}
     found = np.empty((len(data), max(part.stop for part in model.slices.values())))
+    acting = np.flatnonzero(stack.weights)  # a weight of 0 has no logarithm
+    log_weights = torch.from_numpy(np.log(stack.weights[acting]))[:, None, None]
     for task, part in model.slices.items():
-        model.load_chains(states[owner[task]] if task in owner else stack_state(stack))
-        logits = torch.from_numpy(predict_logits(model, data)[..., part]).double()
-        log_weights = torch.from_numpy(np.log(stack.weights))[:, None, None]
-        mixed = torch.logsumexp(logits.log_softmax(-1) + log_weights, dim=0)
-        found[:, part] = mixed.numpy()
+        own = [states[p.name] for p in stack.parts if p.task == task] or [stack_state(stack)]
+        each = []
+        for state in own:
+            model.load_chains(state)
+            logits = torch.from_numpy(predict_logits(model, data)[acting][..., part]).double()
+            each.append(torch.logsumexp(logits.log_softmax(-1) + log_weights, dim=0))
+        found[:, part] = (torch.stack(each).logsumexp(0) - np.log(len(own))).numpy()
     return found
 
 

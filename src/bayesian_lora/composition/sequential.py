@@ -19,6 +19,7 @@ from bayesian_lora.composition.column_files import (
     KIND,
     Grown,
     begin,
+    check_baselines,
     check_names,
     resumable,
     write_columns,
@@ -130,6 +131,7 @@ def grow(
     if folder is not None:
         resumable(folder, settings, [task.name for task in tasks])
     sets = data() if callable(data) else data
+    check_baselines(baselines or {}, {name: found.spec.metrics for name, found in sets.items()})
     facts = {task.name: data_facts(sets[task.name]) for task in tasks}
     work = _Work(growth, source, sets, settings, facts, baselines or {}, alone, device, progress)
     if folder is None:
@@ -192,8 +194,6 @@ def check_rank(growth: Growth, first: Stack, tasks: int) -> None:
 
 @dataclass
 class _Work:
-    """What every task's growth needs."""
-
     growth: Growth
     source: ModelSource
     data: Mapping[str, TaskData]

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bayesian_lora.composition.compatibility import known_model
 from bayesian_lora.composition.pair_figures import Adapter, Figures, Plan, compare_pairs
 from bayesian_lora.composition.sources import Source
 from bayesian_lora.composition.stack import Part, Stack
@@ -43,7 +44,7 @@ def adapter_of(source: Source) -> Adapter:
     """
     members = tuple(_modules(member, source.name) for member in source.members)
     scale = source.spec.scaling if source.spec is not None else None
-    return Adapter(source.name, members, source.weights, scale, source.model)
+    return Adapter(source.name, members, source.weights, scale, known_model(source))
 
 
 def adapter_of_stack(name: str, stack: Stack, part: Part | None = None) -> Adapter:
@@ -178,11 +179,12 @@ def drift(
     paired = [(k, k) for k in range(len(before))]
     old = adapter_of_stack("stack before", before)
     new = adapter_of_stack("stack after", after)
-    plans = [Plan(old, new, paired, difference=True)]
+    # Member k after is member k before: one draw, which has its weight once.
+    plans = [Plan(old, new, paired, True, before.weights)]
     for part in before.parts:
         came = adapter_of_stack(part.name, before, part)
         became = adapter_of_stack(f"{part.name} after", after, part)
-        plans += [Plan(came, to, paired, difference=True) for to in (became, old, new)]
+        plans += [Plan(came, to, paired, True, before.weights) for to in (became, old, new)]
     found = compare_pairs(plans, seed=seed, repeats=repeats, ranks=ranks)
     result: Figures = {"settings": settings, "labels": LABELS, "whole": found[0]}
     result |= {"parts": {}, "against": {}}

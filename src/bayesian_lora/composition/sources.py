@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
+from bayesian_lora.composition.column_files import is_grown
+from bayesian_lora.composition.columns import masked
 from bayesian_lora.composition.stack_files import STACK_FILE, is_stack, read_stack
 from bayesian_lora.composition.state_dicts import check_adapter, head_outputs, read_tensors
 from bayesian_lora.data.glue_datasets import TASKS
@@ -23,6 +25,7 @@ from bayesian_lora.manifest import MANIFEST, read_manifest
 from bayesian_lora.member_files import MemberRecord, PackReader, read_verified
 from bayesian_lora.models.hf_lora import LoraSpec
 from bayesian_lora.models.peft_io import CONFIG_FILE, WEIGHTS_FILE, read_spec
+from bayesian_lora.models.task_heads import is_reserved
 
 BIN_FILE = "adapter_model.bin"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -36,7 +39,8 @@ class Source:
     name: as it will be called, without dots; path: where it was read; spec: None of a plain state
     dict without `adapter_config.json`; members: our names → tensors, float32 or float64; weights
     (K,) summing to 1; model: name, base, fingerprint, dtype, num_labels, max_length; task: name,
-    label_names, likelihood. The last two are None where nothing tells.
+    label_names, likelihood; sampler: as `Provenance`'s, None of what was not sampled. These three
+    are None where nothing tells. places: each member's chain and draw, empty where nothing tells.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Source:
     weights: np.ndarray
     model: dict[str, Any] | None
     task: dict[str, Any] | None
+    sampler: dict[str, Any] | None = None
+    places: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         """K."""
@@ -113,7 +119,7 @@ def _name_and_path(argument: str) -> tuple[str | None, Path]:
     name, given, path = argument.partition("=")
     if os.path.exists(argument) or not given or "/" in name or os.sep in name:
         return None, Path(os.path.expanduser(argument))
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or _is_reserved(name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or is_reserved(name):
         raise InputError(
             f"{argument}: {name!r} cannot name an adapter; use letters, digits, - and _, and no "
             "word that Python's modules use, as in sst2=PATH"
@@ -121,14 +127,9 @@ def _name_and_path(argument: str) -> tuple[str | None, Path]:
     return name, Path(os.path.expanduser(path))
 
 
-def _is_reserved(name: str) -> bool:
-    """Whether torch keeps the name for itself where a model holds its tasks' heads."""
-    return hasattr(nn.ModuleDict(), name)
-
-
 def _default_name(text: str) -> str:
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", text).strip("-") or "adapter"
-    return f"{name}-adapter" if _is_reserved(name) else name
+    return f"{name}-adapter" if is_reserved(name) else name
 
 
 def _registered(source: Source) -> dict[str, Any] | None:
@@ -171,6 +172,8 @@ def _of_ensemble(path: Path, ensemble: Ensemble) -> Source:
         weights=ensemble.weights,
         model=dict(provenance.model),
         task=dict(provenance.task),
+        sampler=dict(provenance.sampler),
+        places=tuple((record.chain, record.draw) for record in ensemble.records),
     )
 
 
@@ -183,11 +186,15 @@ def _read_inside(folder: Path) -> Source | None:
             for record in (*members, *starts):
                 if record.index is None and (root / record.path).resolve() == place:
                     member = read_verified(root, record, PackReader(root))
-                    return _of_ensemble(folder, Ensemble(provenance, [_alone(record)], [member]))
+                    found = _of_ensemble(folder, Ensemble(provenance, [_alone(record)], [member]))
+                    # A warm start is a fit: it was not sampled as the run's members were.
+                    return dataclasses.replace(found, sampler=None) if record in starts else found
         if (root / STACK_FILE).is_file() and place.parent == root / "tasks":
             stack = read_stack(root)
             if place.name in stack.tasks:
-                return _of_ensemble(folder, stack.ensemble(place.name))
+                # A growth's task never knew the columns that came after its own.
+                own = masked(stack, place.name) if is_grown(root) else stack
+                return _of_ensemble(folder, own.ensemble(place.name))
     return None
 
 

@@ -20,6 +20,7 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.models.task_heads import TaskModel
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
+from bayesian_lora.utils.text_table import aligned
 
 Figures = dict[str, Any]
 TaskFigures = dict[str, dict[str, Figures]]
@@ -112,22 +113,13 @@ def table(figures: Mapping[str, Mapping[str, Figures]]) -> list[str]:
     cells = [["task", "split", "n", *names]]
     for task, split, f in rows:
         cells.append([task, split, str(f["n"]), *(_cell(f, name) for name in names)])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [_line(row, widths) for row in cells]
     reasons = {
         f"{task} {split}: no {name}: {f[f'{name}_reason']}": None
         for task, split, f in rows
         for name in names
         if f.get(f"{name}_reason")
     }
-    return [*lines, *reasons]
-
-
-def _line(row: list[str], widths: list[int]) -> str:
-    """Task and split to the left, numbers to the right."""
-    words = [cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True)]
-    numbers = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-    return "  ".join([*words, *numbers])
+    return [*aligned(cells, left=2), *reasons]
 
 
 def _cell(figures: Figures, name: str) -> str:

@@ -8,9 +8,10 @@ Shapes: K members.
 
 import dataclasses
 import math
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,15 @@ from bayesian_lora.models.peft_io import (
     write_member,
 )
 from bayesian_lora.models.sources import file_sha256
+from bayesian_lora.models.task_heads import is_reserved
 from bayesian_lora.utils.files import read_json, write_json
 from bayesian_lora.utils.lora_params import stack as stack_members
 
 STACK_FILE = "stack.json"
 TASKS_FOLDER = "tasks"
 FORMAT = 1
-BESIDE = ("gate.safetensors", "columns.json")
-"""What others put into a stack's folder, also before the stack itself."""
+BESIDE = ("gate.safetensors",)
+"""What others put into a stack's folder before the stack itself."""
 _OWN = ("format", "model", "spec", "tasks", "parts", "weights", "facts", "files")
 
 
@@ -48,19 +50,32 @@ def is_stack(folder: str | Path) -> bool:
     return (Path(folder) / STACK_FILE).is_file()
 
 
-def check_free(folder: str | Path) -> None:
-    """Refuse a folder that a stack cannot be written into.
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder that cannot be made or written into.
 
     Raises:
-        InputError: it is a file, or holds something already.
+        InputError: it or a folder above it is a file, or may not be written to.
     """
+    root = Path(os.path.abspath(folder))
+    nearest = next(path for path in (root, *root.parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file; name another folder with --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise InputError(f"{nearest} cannot be written to; name another folder with --out")
+
+
+def check_free(folder: str | Path, beside: Sequence[str] = BESIDE) -> None:
+    """Refuse a folder that cannot be written into, or holds something, but for files `beside`.
+
+    Raises:
+        InputError: as `check_writable`, or what it holds already.
+    """
+    check_writable(folder)
     root = Path(folder)
-    if root.exists() and not root.is_dir():
-        raise InputError(f"{root}: a file; name a new folder for the stack")
-    held = sorted(p.name for p in root.iterdir() if p.name not in BESIDE) if root.is_dir() else []
+    held = sorted(p.name for p in root.iterdir() if p.name not in beside) if root.is_dir() else []
     if held:
         raise InputError(
-            f"{root}: already holds {held[0]}; name another folder, or remove this one"
+            f"{root}: already holds {held[0]}; name another folder with --out, or remove this one"
         )
 
 
@@ -77,6 +92,7 @@ def write_stack(folder: str | Path, stack: Stack, extra: Mapping[str, Any] | Non
     for task in stack.tasks:
         for k, member in enumerate(stack.ensemble(task)):
             check_finite(member, f"stack, task {task}, member {k}", "; nothing is written")
+    stack = _of_known_base(stack)
     tasks = root / TASKS_FOLDER
     try:
         for task in stack.tasks:
@@ -92,16 +108,21 @@ def write_stack(folder: str | Path, stack: Stack, extra: Mapping[str, Any] | Non
         raise
 
 
+def _of_known_base(stack: Stack) -> Stack:
+    """With the base's fingerprint where ensembles are written: they belong to known weights."""
+    if len(stack) == 1 or stack.model["fingerprint"] is not None:
+        return stack
+    from bayesian_lora.composition.stack_model import build_stack_model
+
+    found = build_stack_model(stack).fingerprint()
+    return stack.changed(model={**stack.model, "fingerprint": found})
+
+
 def _write_task(folder: Path, stack: Stack, task: str) -> None:
     ensemble = stack.ensemble(task)
     if len(stack) == 1:
         write_member(folder, ensemble.members[0], adapter_config(stack.spec))
         return
-    if ensemble.provenance.model["fingerprint"] is None:
-        from bayesian_lora.composition.stack_model import build_stack_model
-
-        found = build_stack_model(stack).fingerprint()  # an ensemble belongs to known weights
-        ensemble.provenance.model["fingerprint"] = found
     ensemble.save(folder)
 
 
@@ -191,7 +212,7 @@ def _task(name: str, row: Mapping[str, Any]) -> StackTask:
     task = StackTask(**{**row, "label_names": tuple(_texts(row["label_names"]))})
     texts = (name, task.data, task.likelihood)
     right = all(isinstance(text, str) for text in texts) and task.name == name
-    if not right or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+    if not right or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or is_reserved(name):
         raise ValueError(f"task {name!r}")
     if type(task.max_length) is not int or task.max_length < 1:
         raise ValueError(f"max_length {task.max_length!r}")

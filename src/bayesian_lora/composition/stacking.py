@@ -78,7 +78,11 @@ def stack_sources(
             for source, rows in zip(sources, order.T, strict=True)
         },
         weights=_member_weights(sources, order),
-        facts=_facts(scaling, members, specs, shares, spec),
+        facts={
+            **_facts(scaling, members, specs, shares, spec),
+            "samplers": {source.name: source.sampler for source in sources},
+            "places": _places(sources, order),
+        },
     )
 
 
@@ -170,6 +174,28 @@ def _member_weights(sources: Sequence[Source], order: np.ndarray) -> np.ndarray:
             "members=paired: every pair has a member of weight 0; choose members=crossed"
         )
     return product / product.sum()
+
+
+def _places(sources: Sequence[Source], order: np.ndarray) -> list[list[int]]:
+    """Chain and draw of each member: as the ensembles had them where these go together.
+
+    Members that share a chain of any ensemble are not independent, so they are of one chain here.
+    """
+    several = [i for i, source in enumerate(sources) if len(source) > 1]
+    if not several:
+        return [[0, 0]] * len(order)
+    known = [sources[i].places or tuple((k, 0) for k in range(len(sources[i]))) for i in several]
+    own = np.array([[p[row[i]] for p, i in zip(known, several, strict=True)] for row in order])
+    chains, before = own[:, 0, 0].copy(), None
+    while before is None or (chains != before).any():
+        before = chains.copy()
+        for column in own[:, :, 0].T:
+            for chain in np.unique(column):
+                chains[column == chain] = chains[column == chain].min()
+    draws = own[:, 0, 1]
+    if len({*zip(chains.tolist(), draws.tolist(), strict=True)}) < len(order):
+        draws = np.array([(chains[:k] == chain).sum() for k, chain in enumerate(chains)])
+    return np.stack([chains, draws], axis=1).tolist()
 
 
 def _states(source: Source, names: Sequence[str], rows: np.ndarray) -> dict[str, Tensor]:

@@ -50,7 +50,8 @@ class TaskOrder:
     """Which rows each chain sees, of the tasks it is fitted to; as `BatchOrder`, by epochs.
 
     Every batch of a chain is of one task, in turn (``alternate``), or has an equal share of each
-    (``sum``: the mean over such a batch is the mean of the tasks' losses).
+    (``sum``: the mean over such a batch is the mean of the tasks' losses; examples that are left
+    over when shares are equal go to the tasks in turn).
 
     Args:
         data: of all tasks.
@@ -91,12 +92,12 @@ class TaskOrder:
     def _chain(self, m: int) -> np.ndarray:
         tasks, steps, size = self.tasks[m], self.batches_per_epoch, self.batch_size
         if self.mixing[m] == "sum":
-            shares = np.diff(np.linspace(0, size, len(tasks) + 1).round().astype(int))
-            parts = [
-                self._draw(task, steps * share, m).reshape(steps, share)
-                for task, share in zip(tasks, shares, strict=True)
-            ]
-            return np.concatenate(parts, axis=1).reshape(-1)
+            shares = _shares(size, steps, len(tasks))
+            owner = np.repeat(np.tile(np.arange(len(tasks)), steps), shares.reshape(-1))
+            mixed = np.empty(steps * size, dtype=np.int64)
+            for i, task in enumerate(tasks):
+                mixed[owner == i] = self._draw(task, int(shares[:, i].sum()), m)
+            return mixed
         out = np.empty((steps, size), dtype=np.int64)
         for i, task in enumerate(tasks):
             turns = out[i :: len(tasks)]
@@ -109,3 +110,11 @@ class TaskOrder:
         times = -(-count // len(own))
         order = [torch.randperm(len(own), generator=self.generators[m]) for _ in range(times)]
         return own[torch.cat(order).numpy()[:count]] if times else own[:0]
+
+
+def _shares(size: int, steps: int, tasks: int) -> np.ndarray:
+    """(steps, T): how many of a batch's `size` examples are of each task."""
+    left = np.arange(tasks) < size % tasks
+    # From batch to batch they go on where they ended.
+    turned = [np.roll(left, step * (size % tasks)) for step in range(steps)]
+    return size // tasks + np.stack(turned).astype(int)

@@ -1,28 +1,34 @@
 """What the commands on stacks have in common: from folders and options to fitted stacks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bayesian_lora.composition.fit import Recipe
+from bayesian_lora.composition.fitting import fit_weights, reweighted
 from bayesian_lora.composition.retrain import Variant, check_variants
 from bayesian_lora.composition.retrain import retrain as fit_variants
 from bayesian_lora.composition.stack import Stack
 from bayesian_lora.composition.stack_evaluation import evaluate_stack, table
-from bayesian_lora.composition.stack_files import read_stack, write_stack
+from bayesian_lora.composition.stack_files import check_free, read_stack, write_stack
 from bayesian_lora.composition.stack_model import load_tokenizer
-from bayesian_lora.composition.task_data import TaskData, load_task_data
-from bayesian_lora.data.preparation import data_folder
-from bayesian_lora.errors import InputError
-from bayesian_lora.experiment.setup import resolve_device
+from bayesian_lora.composition.task_data import TaskData, task_spec
+from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.data.token_cache import default_folder
+from bayesian_lora.experiment.building import resolve_device
+from bayesian_lora.experiment.run_metrics import EPOCH
+from bayesian_lora.experiment.task_sets import (
+    Sets,
+    find_sources,
+    load_sets,
+    raw_training,
+    training_sets,
+)
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.metrics_log import MetricsLog
 
-HELD_OUT = 0.1
-"""Of each task's training examples."""
-HISTORY = ("chain", "epoch", "trainer/global_step", "lr-Adam", "train/loss", "train/acc")
-HISTORY = (*HISTORY, "val/loss", "val/acc")
+HISTORY = ("chain", *EPOCH, "val/loss", "val/acc")
 
 
 @dataclass(frozen=True)
@@ -41,32 +47,30 @@ class Training:
     def recipe(self) -> Recipe:
         return Recipe(self.epochs, self.batch_size, self.lr, prior_std=self.prior_std)
 
-    def data(self, stack: Stack) -> dict[str, TaskData]:
-        """Of every task the stack carries."""
-        tokenizer, folder = load_tokenizer(stack), data_folder(self.data_dir, "--data-dir")
-        return {
-            name: load_task_data(
-                task,
-                tokenizer,
-                data_dir=folder,
-                train_examples=self.examples,
-                validation_share=HELD_OUT,
-                seed=self.seed,
-            )
-            for name, task in stack.tasks.items()
-        }
+    def data(
+        self, stack: Stack, tasks: Sequence[str], progress: Progress
+    ) -> tuple[dict[str, TaskData], Sets]:
+        """What these tasks are trained on, told in a line each; what all tasks are evaluated on."""
+        trained = {name: stack.tasks[name] for name in tasks}
+        specs = [task_spec(task) for task in stack.tasks.values()]
+        source, folder = find_sources(stack.model["name"], specs, self.data_dir)
+        data = training_sets(trained, source, folder, self.examples, self.seed)
+        others = dict.fromkeys(name for name in stack.tasks if name not in trained)
+        sets = load_sets(stack, others, self.data_dir) if others else {}
+        for task, own in data.items():
+            progress.say(f"  {task}: {len(own.train)} train, {len(own.validation)} held out")
+        sets |= {name: dict(own.evaluation) for name, own in data.items()}
+        return data, {name: sets[name] for name in stack.tasks}
 
 
-def free_folder(out: str | None, default: Path) -> Path:
+def free_folder(out: str | None, default: str) -> Path:
     """The folder to write to.
 
     Raises:
-        InputError: it holds something already, or is a file.
+        InputError: it cannot be written to, or holds something already.
     """
-    folder = Path(out) if out else default
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists already; name another folder with --out")
-    return folder
+    check_free(out or default, beside=())
+    return Path(out or default)
 
 
 def retrain_folder(
@@ -88,19 +92,15 @@ def retrain_folder(
     """
     progress = progress or Progress()
     before = read_stack(Path(source))
-    folder = free_folder(out, Path(f"{source.rstrip('/')}-on-{'-'.join(tasks)}"))
-    name = folder.name
-    variant = Variant(name, tuple(tasks), part, mixing, orthogonality, distillation)
+    variant = Variant("stack", tuple(tasks), part, mixing, orthogonality, distillation)
     check_variants(before, [variant])
+    folder = free_folder(out, f"{source.rstrip('/')}-on-{'-'.join(tasks)}")
     recipe, device = training.recipe(), resolve_device(training.device)
-    data = training.data(before)
-    sets = {task: own.evaluation for task, own in data.items()}
     progress.say(f"Training the stack of {source} on {', '.join(tasks)}")
-    for task, own in data.items():
-        progress.say(f"  {task}: {len(own.train)} train, {len(own.validation)} held out")
+    data, sets = training.data(before, tasks, progress)
     found = fit_variants(
         before, data, [variant], recipe, seed=training.seed, progress=progress, device=device
-    )[name]
+    )[variant.name]
     figures = {}
     for when, one in (("before", before), ("after", found.stack)):
         figures[when] = evaluate_stack(one, sets, device=device, progress=progress)
@@ -108,9 +108,40 @@ def retrain_folder(
         for line in table(figures[when]):
             progress.say(line)
     write_stack(folder, found.stack, {"figures": figures})
-    log = MetricsLog(folder, HISTORY)
-    for row in found.report.history:
-        log.log(row)
-    log.close()
+    write_history(folder, found.report.history)
     progress.say(f"\nWritten: {folder}\nEvaluate it: bayesian-lora eval {folder}")
     return folder
+
+
+def fitted_on(
+    stack: Stack, count: int, *, data_dir: str | None, device: str, seed: int, progress: Progress
+) -> Stack:
+    """The stack at the weights that suit `count` training examples of each task best.
+
+    Raises:
+        InputError: as `raw_training` and `fit_weights`.
+    """
+    place = resolve_device(device)
+    specs = [task_spec(task) for task in stack.tasks.values()]
+    _, folder = find_sources(stack.model["name"], specs, data_dir)
+    few = raw_training(stack.tasks, folder, count, seed, said_as="fit", held_out=0.0)
+    tokenizer, cache = load_tokenizer(stack), default_folder()
+    sets = {
+        name: TokenisedSet(own, tokenizer, stack.tasks[name].max_length, cache)
+        for name, own in few.items()
+    }
+    fitted = fit_weights(stack, sets, device=place, progress=progress)
+    progress.say(
+        f"Fitted on {count} examples a task: mean NLL {fitted.loss_before:.4f} at weights 1, "
+        f"{fitted.loss_after:.4f} at those found (the same examples)"
+    )
+    return reweighted(stack, fitted.weights, fitted.facts())
+
+
+def write_history(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`metrics.csv`: a row an epoch and chain; of several fits each row's ``task`` comes first."""
+    first = ("task",) if any("task" in row for row in rows) else ()
+    log = MetricsLog(folder, (*first, *HISTORY))
+    for row in rows:
+        log.log(row)
+    log.close()

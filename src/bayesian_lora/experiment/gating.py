@@ -1,21 +1,28 @@
 """`bayesian-lora gate`: a gate trained over a stack's adapters, measured without task labels."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bayesian_lora.composition.experts import experts_of
-from bayesian_lora.composition.gate_files import load_gated, write_gated
+from bayesian_lora.composition.gate_files import (
+    SECTION,
+    is_gated,
+    load_gated,
+    write_gated,
+)
 from bayesian_lora.composition.gate_report import evaluate_gate, table
 from bayesian_lora.composition.gates import Gated, GateOptions, train_gate
-from bayesian_lora.composition.stack_files import read_stack
-from bayesian_lora.composition.stack_model import load_tokenizer
-from bayesian_lora.composition.task_data import evaluation_sets, task_spec
-from bayesian_lora.data.preparation import data_folder
+from bayesian_lora.composition.stack_files import is_stack, read_extra, read_stack
+from bayesian_lora.composition.task_data import task_spec
+from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.experiment.building import resolve_device
-from bayesian_lora.experiment.compose import HISTORY, Training, free_folder
+from bayesian_lora.experiment.compose import Training, free_folder, write_history
+from bayesian_lora.experiment.task_sets import load_sets
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import write_json
-from bayesian_lora.utils.metrics_log import MetricsLog
 
 METRICS_FILE = "gate_metrics.json"
 
@@ -35,27 +42,19 @@ def gate_folder(
     """
     progress = progress or Progress()
     stack = read_stack(Path(source))
-    folder = free_folder(out, Path(f"{source.rstrip('/')}-gated"))
+    folder = free_folder(out, f"{source.rstrip('/')}-gated")
     experts_of(stack, options.top_k)
     recipe, device = training.recipe(), resolve_device(training.device)
-    data = training.data(stack)
     names = ", ".join(part.name for part in stack.parts)
     progress.say(f"A {options.kind} gate over {names}, of {len(stack)} member(s)")
-    for task, own in data.items():
-        progress.say(f"  {task}: {len(own.train)} train, {len(own.validation)} held out")
+    data, sets = training.data(stack, list(stack.tasks), progress)
     gated = train_gate(
         stack, data, options, recipe, seed=training.seed, progress=progress, device=device
     )
-    sets = {task: next(iter(own.evaluation.values())) for task, own in data.items()}
-    figures = evaluate_gate(gated.model(device=device), stack.weights, sets, _own_metrics(gated))
     write_gated(folder, gated)
-    write_json(folder / METRICS_FILE, figures)
     if rows := gated.report.get("history"):
-        log = MetricsLog(folder, HISTORY)
-        for row in rows:
-            log.log(row)
-        log.close()
-    _tell(figures, progress)
+        write_history(folder, rows)
+    _measure(folder, gated, sets, device, progress)
     again = f"bayesian-lora gate {folder} --eval"
     progress.say(f"\nWritten: {folder}\nEvaluate it again: {again}")
     return folder
@@ -76,27 +75,31 @@ def evaluate_gated(
     Raises:
         InputError: as `load_gated`, no data, or another base model than the adapters'.
     """
-    progress = progress or Progress()
     gated, place = load_gated(folder), resolve_device(device)
-    where, tokenizer = data_folder(data_dir, "--data-dir"), load_tokenizer(gated.stack)
-    sets = {
-        name: next(
-            iter(evaluation_sets(task, tokenizer, where, [task_spec(task).default_split]).values())
-        )
-        for name, task in gated.stack.tasks.items()
-    }
-    model = gated.model(device=place)
-    figures = evaluate_gate(model, gated.stack.weights, sets, _own_metrics(gated))
-    write_json(Path(folder) / METRICS_FILE, figures)
-    _tell(figures, progress)
-    return figures
+    tasks = gated.stack.tasks.items()
+    splits = {name: [task_spec(task).default_split] for name, task in tasks}
+    sets = load_sets(gated.stack, splits, data_dir)
+    return _measure(Path(folder), gated, sets, place, progress or Progress())
 
 
-def _own_metrics(gated: Gated) -> dict[str, tuple[str, ...]]:
-    return {name: task_spec(task).metrics for name, task in gated.stack.tasks.items()}
+def has_gate(folder: str | Path) -> bool:
+    """Whether a folder is a gated stack's, also one that a file of it is missing from."""
+    return is_gated(folder) or (is_stack(folder) and SECTION in read_extra(folder))
 
 
-def _tell(figures: dict[str, Any], progress: Progress) -> None:
+def _measure(
+    folder: Path,
+    gated: Gated,
+    sets: Mapping[str, Mapping[str, TokenisedSet]],
+    device: torch.device,
+    progress: Progress,
+) -> dict[str, Any]:
+    """On each task's first split."""
+    own = {name: task_spec(task).metrics for name, task in gated.stack.tasks.items()}
+    first = {name: next(iter(splits.values())) for name, splits in sets.items()}
+    figures = evaluate_gate(gated.model(device=device), gated.stack.weights, first, own)
+    write_json(folder / METRICS_FILE, figures)
     progress.say("\nWithout being told the task:")
     for line in table(figures):
         progress.say(line)
+    return figures

@@ -48,18 +48,20 @@ def run_study(
     Args:
         path, overrides: see `load_study`.
         progress: where lines go.
-        report_only: make no step; the report shows what is done.
+        report_only: make no step, write the report of what is done and nothing else.
 
     Raises:
-        InputError: wrong input, or a folder that holds something else (nothing is written).
+        InputError: wrong input, or a folder that holds something else or, for a report alone, no
+            study of these settings (nothing is written).
     """
     progress = progress or Progress()
     study = load_study(path, overrides)
     steps = plan_steps(study)
     command = shlex.join(["bayesian-lora", "study", str(path), *overrides])
     runner = Runner(study, steps, progress, command)
+    _check_folder(study.root, report_only)
     with locked(study.root), _resumable(runner, report_only):
-        runner.open()
+        runner.open(report_only)
         if not report_only:
             progress.say(f"{len(steps)} steps, in {study.root}")
             for number, step in enumerate(steps, start=1):
@@ -74,6 +76,20 @@ def failed_steps(root: Path) -> list[str]:
     """Names of the steps of a study's folder that failed or wait for one that did."""
     steps = read_json(root / RECORD, "study")["steps"]
     return [name for name, entry in steps.items() if entry["status"] in ("failed", "waiting")]
+
+
+def _check_folder(root: Path, report_only: bool) -> None:
+    """Whether the study can have this folder, before anything is made there.
+
+    Raises:
+        InputError: a file in its place, or no study of which a report could be.
+    """
+    said = f"output.dir={str(root)!r}"
+    if report_only and not (root / RECORD).is_file():
+        raise InputError(f"{said}: no study there to report on; make it, without --report-only")
+    nearest = next(place for place in (root, *root.parents) if place.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{said}: {nearest} is a file; name another folder")
 
 
 @contextmanager
@@ -104,6 +120,7 @@ class Runner:
         self.study, self.steps, self.progress, self.command = study, steps, progress, command
         self.context = Context(study, progress)
         self.began = time.monotonic()
+        self.made: Entry = {"command": command, "versions": versions(), "git_commit": git_commit()}
         self.entries: dict[str, Entry] = {}
         for step in steps:
             needs = {name: self.entries[name]["digest"] for name in step.needs}
@@ -118,11 +135,11 @@ class Runner:
                 "error": None,
             }
 
-    def open(self) -> None:
+    def open(self, report_only: bool = False) -> None:
         """Take over the folder: a new one or a study's; find out which steps are done.
 
         Raises:
-            InputError: it holds something else.
+            InputError: it holds something else; of a report alone, a step of other settings.
         """
         root = self.study.root
         foreign = [p for p in root.iterdir() if p.name != "run.lock"] if root.is_dir() else []
@@ -137,7 +154,16 @@ class Runner:
                 entry |= {key: stored[key] for key in ("status", "figures", "seconds", "error")}
                 if entry["status"] == "finished":
                     self.context.figures[name] = entry["figures"]
-        self._write()
+            elif stored and stored["status"] == "finished" and report_only:
+                raise InputError(
+                    f"{name} was made with other settings ({self._changes(name, stored)}); give "
+                    "those, or make it anew, without --report-only"
+                )
+        if report_only:
+            made = read_json(root / RECORD, "study")
+            self.made = {key: made[key] for key in ("command", "versions", "git_commit")}
+        else:
+            self._write()
 
     def run(self, step: Step, title: str) -> None:
         """Make a step unless it is done; record how it ended."""
@@ -173,13 +199,7 @@ class Runner:
 
     def record(self) -> Entry:
         """What the report is made of."""
-        return {
-            "command": self.command,
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "config": self.study.keys,
-            "steps": self.entries,
-        }
+        return {**self.made, "config": self.study.keys, "steps": self.entries}
 
     def closing_lines(self) -> list[str]:
         """What failed, and where the report is."""
@@ -200,10 +220,7 @@ class Runner:
                 if not (place := folder.with_name(f"{folder.name}.{i}")).exists()
             )
             folder.rename(aside)
-            needs = self.entries[step.name]["needs"]
-            why = differences(_flat(stored["settings"]), _flat(step.settings))
-            why += [f"{n} is another" for n in needs if stored["needs"].get(n) != needs[n]]
-            words = "; ".join(why[:3]) or "it was made by another version"
+            words = self._changes(step.name, stored)
             self.progress.say(f"  changed since it was made ({words}); the former is in {aside}")
         elif stored and not step.resumes:
             shutil.rmtree(folder)  # what a step that did not end has left
@@ -211,6 +228,14 @@ class Runner:
             raise InputError(f"{folder}: holds no step of a study; move it away, or restore it")
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+
+    def _changes(self, name: str, stored: Entry) -> str:
+        """What is another now than when the step in the folder was made."""
+        entry = self.entries[name]
+        why = differences(_flat(stored["settings"]), _flat(entry["settings"]))
+        needs = entry["needs"]
+        why += [f"{n} is another" for n in needs if stored["needs"].get(n) != needs[n]]
+        return "; ".join(why[:3]) or "it was made by another version"
 
     def _stored(self, name: str) -> Entry | None:
         """The step's record in its folder, None where there is none."""

@@ -41,34 +41,39 @@ class Run:
 
     mask (S, L): where the batch has tokens; scores (S, E): of the sequences, of that kind alone.
     full, used: of every layer the mean over each sequence's tokens (S, E) of the softmax, and of
-    what is left of it by top-k.
+    what is left of it by top-k. entropies: where it is a list, of every layer the mean over the
+    same tokens (S, 1) of the softmax's entropy, nats.
     """
 
     mask: Tensor
     scores: Tensor | None
     full: list[Tensor] = field(default_factory=list)
     used: list[Tensor] = field(default_factory=list)
-    _places: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    entropies: list[Tensor] | None = None
+    _places: dict[tuple[int, bool, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )
 
-    def places(self, rows: int, first_only: bool) -> tuple[Tensor, Tensor]:
+    def places(
+        self, rows: int, first_only: bool, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
         """Of each of a layer's n input rows its sequence (n,) and its share of it (n, 1)."""
-        key = rows, first_only
+        key = rows, first_only, dtype
         if key not in self._places:
-            self._places[key] = self._find(rows, first_only)
+            self._places[key] = self._find(rows, first_only, dtype)
         return self._places[key]
 
-    def _find(self, rows: int, first_only: bool) -> tuple[Tensor, Tensor]:
+    def _find(self, rows: int, first_only: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         mask = self.mask
         sequences, length = mask.shape
         index = torch.arange(sequences, device=mask.device)
         if rows == sequences:
-            return index, mask.new_ones(rows, 1, dtype=torch.float64)
+            return index, mask.new_ones(rows, 1, dtype=dtype)
         if CURRENT.get() is not None:
             counts = mask.sum(1)
-            return index.repeat_interleave(counts), (1 / counts.double()).repeat_interleave(counts)[
-                :, None
-            ]
-        counted = mask.double()
+            share = (1 / counts.to(dtype)).repeat_interleave(counts)
+            return index.repeat_interleave(counts), share[:, None]
+        counted = mask.to(dtype)
         if first_only:
             counted[:, 0], counted[:, 1:] = 1.0, 0.0
         share = counted / counted.sum(1, keepdim=True)
@@ -156,20 +161,23 @@ class Gate(nn.Module):
         """The weights (n, E) of layer `number` on its input rows x (n, D_in)."""
         run = self.run
         assert run is not None, "a gated model is run as a whole"
-        index, share = run.places(x.shape[0], first_only)
         scores, by_row = self._scores(number, x, rows, run)
         full = (scores / self.temperature).softmax(-1)
+        index, share = run.places(x.shape[0], first_only, full.dtype)
         if self.forced is not None:
             full = torch.zeros_like(full)
             full[:, self.forced] = 1.0
         used = self._largest(full)
+        recorded = [(run.full, full), (run.used, used)]
+        if run.entropies is not None:
+            recorded.append((run.entropies, torch.special.entr(full).sum(-1, keepdim=True)))
         if not by_row:
-            run.full.append(full)
-            run.used.append(used)
+            for kept, values in recorded:
+                kept.append(values)
             return used.index_select(0, index)
-        for kept, weights in ((run.full, full), (run.used, used)):
-            mean = weights.new_zeros(len(run.mask), self.experts)
-            kept.append(mean.index_add(0, index, weights * share.to(weights.dtype)))
+        for kept, values in recorded:
+            mean = values.new_zeros(len(run.mask), values.shape[1])
+            kept.append(mean.index_add(0, index, values * share))
         return used
 
     def _scores(self, number: int, x: Tensor, rows: Sequence[int], run: Run) -> tuple[Tensor, bool]:
@@ -233,10 +241,11 @@ def _directions(a: Tensor, b: Tensor, columns: Tensor) -> Tensor:
     With Aᵀ = QR, ΔW = (B Rᵀ) Qᵀ, and Q turns the right singular vectors of the narrow B Rᵀ.
     """
     found = []
+    wide_a, wide_b, columns = a.cpu().double(), b.cpu().double(), columns.cpu()  # MPS has no such
     for expert in range(int(columns.max()) + 1):
         own = columns == expert
-        q, r = torch.linalg.qr(a[:, own].double().mT)
-        _, s, vh = torch.linalg.svd(b[:, :, own].double() @ r.mT, full_matrices=False)
+        q, r = torch.linalg.qr(wide_a[:, own].mT)
+        _, s, vh = torch.linalg.svd(wide_b[:, :, own] @ r.mT, full_matrices=False)
         first = (q @ vh[:, :1].mT).squeeze(-1)
         found.append(torch.where(s[:, :1] > 0, first, 0.0))
-    return torch.stack(found, dim=1).to(a.dtype)
+    return torch.stack(found, dim=1).to(a)

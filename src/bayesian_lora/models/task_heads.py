@@ -33,6 +33,11 @@ class TaskHeads(nn.Module):
         return torch.cat([layer(part) for layer, part in zip(layers, own, strict=True)], dim=-1)
 
 
+def is_reserved(name: str) -> bool:
+    """Whether torch keeps a task's name for itself where a model holds its tasks' heads."""
+    return hasattr(nn.ModuleDict(), name)
+
+
 class TaskModel(HuggingFaceLora):
     """A classifier with a head per task: logits (M, B, Σ C_t), `slices` says whose are which."""
 

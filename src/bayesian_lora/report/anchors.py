@@ -59,8 +59,8 @@ RECOVERED = 0.95
 """The share of each single adapter's accuracy that gates are to reach without task labels."""
 
 
-def lost_by_stacking(task: str) -> float | None:
-    """Accuracy the original lost by stacking, None for a task it did not stack."""
-    if task not in STACKED:
+def lost_by_stacking(data_set: str) -> float | None:
+    """Accuracy the original lost by stacking, None for a data set it gives no such figure of."""
+    if data_set not in STACKED:
         return None
-    return BASELINE[task]["val/acc"] - STACKED[task]["val/acc"]
+    return BASELINE[data_set]["val/acc"] - STACKED[data_set]["val/acc"]

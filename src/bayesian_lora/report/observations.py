@@ -2,7 +2,7 @@
 
 from bayesian_lora.report import anchors
 from bayesian_lora.report.page import Block, Cell, Code, Page, Section, Table, Text, cell
-from bayesian_lora.report.record import Record, finished, listed, title
+from bayesian_lora.report.record import Record, data_sets, finished, listed, naming, title
 from bayesian_lora.report.study_baselines import baselines
 from bayesian_lora.report.study_gates import ensembles, gates, shares
 from bayesian_lora.report.study_growth import sequential
@@ -13,15 +13,34 @@ from bayesian_lora.report.study_tables import further, lost, stacks
 PARTS = (baselines, stacks, further, similarity, drift, sequential, gates, ensembles, ranks)
 
 
+MADE = (
+    ("baseline", "trained one by one"),
+    ("stack", "stacked"),
+    ("further", "trained further"),
+    ("similarity", "compared"),
+    ("sequential", "grown task by task"),
+    ("gate", "gated"),
+    ("experts", "sampled"),
+    ("rank", "fitted at several ranks"),
+)
+"""Kinds of steps, and what the page says was done with the adapters where one is finished."""
+
+
 def observations(record: Record) -> Page:
     """The page of a study's record, as `experiment.study` gives it."""
+    with naming(record):
+        return _page(record)
+
+
+def _page(record: Record) -> Page:
     tasks = [title(task) for task in record["config"]["tasks"]]
     models = {step["model"] for step in finished(record, "baseline").values()}
     base = f" on {listed(sorted(models))}" if models else ""
+    done = [words for kind, words in MADE if finished(record, kind)]
     return Page(
         "LoRA ensembling: observations",
-        f"Adapters of {listed(tasks)}{base}: trained one by one, stacked, trained further, "
-        "compared, grown and gated. Every figure beside that of the original, where it has one.",
+        f"Adapters of {listed(tasks)}{base}: {listed(done) or 'none made yet'}. Every figure "
+        "beside that of the original, where it has one.",
         [_targets(record), *(part(record) for part in PARTS), _made(record)],
         "Made by bayesian-lora from the files of the study's folder alone.",
     )
@@ -44,10 +63,11 @@ def _verdict(reached: bool) -> Cell:
 
 
 def _stacking_rows(record: Record) -> list[list[Cell]]:
-    rows = []
+    rows, data = [], data_sets(record)
     for name, step in finished(record, "stack").items():
         for task in step["alone"]:
-            original, own = anchors.lost_by_stacking(task), lost(step, "exact", task)
+            original = anchors.lost_by_stacking(data.get(task, ""))
+            own = lost(step, "exact", task)
             if original is None or own is None:
                 continue
             allowed = anchors.SHARE_OF_LOSS * original
@@ -65,17 +85,20 @@ def _stacking_rows(record: Record) -> list[list[Cell]]:
 
 def _gate_rows(record: Record) -> list[list[Cell]]:
     rows = []
-    for name, step in finished(record, "gate").items():
-        found = shares(step)
+    steps = [(f"gate {n}", s, "alone") for n, s in finished(record, "gate").items()]
+    over = finished(record, "ensemblegate").items()
+    steps += [(f"gate over {n}", s, "ensembles") for n, s in over]
+    for name, step, reference in steps:
+        found = shares(step, reference)
         if found:
-            least = min(found.values())
+            least = min(found, key=lambda task: found[task])
             rows.append(
                 [
                     cell("Accuracy recovered without task labels, worst task"),
-                    cell(f"gate {name.replace('_', ', ')}"),
+                    cell(f"{name.replace('_', ', ')}: {title(least)}"),
                     cell(f"at least {anchors.RECOVERED:.0%}"),
-                    cell(f"{least:.1%}"),
-                    _verdict(least >= anchors.RECOVERED),
+                    cell(f"{found[least]:.1%}"),
+                    _verdict(found[least] >= anchors.RECOVERED),
                 ]
             )
     return rows

@@ -27,6 +27,8 @@ THEMES: Mapping[str, Mapping[str, Any]] = {
         "cycle": ["#6db3ee", "#f19a5b", "#62c79b", "#c597e6", "#ec88a6", "#a9b4c0", "#d8c653"],
     },
 }
+LINES, MARKS = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X", "<", ">")
+"""Lines differ in style and marker too: colour alone tells nobody anything."""
 MISSING = "not available"
 
 
@@ -197,7 +199,6 @@ def plot(
 
 def _svg(draw: Callable[[Any], None], theme: str, size: tuple[float, float], panels: int) -> bytes:
     import matplotlib as mpl
-    from cycler import cycler
     from matplotlib.figure import Figure
 
     ink = THEMES[theme]
@@ -211,7 +212,8 @@ def _svg(draw: Callable[[Any], None], theme: str, size: tuple[float, float], pan
         "axes.axisbelow": True,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": cycler(color=ink["cycle"]),
+        "axes.prop_cycle": _cycle(ink["cycle"]),
+        "lines.markersize": 3.5,
         "grid.color": ink["grid"],
         "grid.linewidth": 0.6,
         "xtick.color": ink["text"],
@@ -227,6 +229,18 @@ def _svg(draw: Callable[[Any], None], theme: str, size: tuple[float, float], pan
         draw(list(axes) if panels > 1 else axes[0])
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
+
+
+def _cycle(colours: Sequence[str]) -> Any:
+    """Colour, line and marker of line after line: 28 of them differ also without colour."""
+    from cycler import cycler
+
+    turns = range(len(colours) * len(LINES))
+    return cycler(
+        color=[colours[i % len(colours)] for i in turns],
+        linestyle=[LINES[i % len(LINES)] for i in turns],
+        marker=[MARKS[i % len(MARKS)] for i in turns],
+    )
 
 
 def _uri(kind: str, content: bytes) -> str:

@@ -1,12 +1,21 @@
 """What a study's record says, step by step: figures where a step is done, a reason where not."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+from bayesian_lora.data.glue_datasets import TASKS
 from bayesian_lora.report.page import Block, Cell, Missing, cell
 
 Record = Mapping[str, Any]
 Figures = Mapping[str, Any]
+
+WRITTEN = {"sst2": "SST-2", "cola": "CoLA", "mnli": "MNLI"}
+"""Data sets as the original writes them."""
+NO_MCC = "MCC is given for the tasks whose own metric it is"
+_NAMES: ContextVar[Mapping[str, str] | None] = ContextVar("names of tasks", default=None)
 
 
 def finished(record: Record, kind: str) -> dict[str, Figures]:
@@ -76,6 +85,63 @@ def listed(words: Iterable[str]) -> str:
     return " and ".join([", ".join(given[:-1]), given[-1]] if len(given) > 1 else given)
 
 
+def data_sets(record: Record) -> dict[str, str]:
+    """Task → the registry's name of the data set that its baseline was fitted on."""
+    known = {spec.title: name for name, spec in TASKS.items()}
+    steps = finished(record, "baseline").items()
+    return {task: known[step["title"]] for task, step in steps if step["title"] in known}
+
+
+@contextmanager
+def naming(record: Record) -> Iterator[None]:
+    """Within it `title` knows the study's tasks: one that only shares a data set's name keeps its
+    own."""
+    found = data_sets(record)
+    foreign = {task: task for task, data in found.items() if task != data}
+    token = _NAMES.set({**WRITTEN, **foreign})
+    try:
+        yield
+    finally:
+        _NAMES.reset(token)
+
+
 def title(name: str) -> str:
     """A task's name as it is written where the original writes it otherwise."""
-    return {"sst2": "SST-2", "cola": "CoLA", "mnli": "MNLI"}.get(name, name)
+    return (_NAMES.get() or WRITTEN).get(name, name)
+
+
+def places(figures: Mapping[str, Mapping[str, Figures]]) -> dict[tuple[str, str], str]:
+    """(task, split) of {task: {split: figures}} → what the place is called."""
+    return {
+        (task, split): title(task) if len(splits) == 1 else f"{title(task)} {split}"
+        for task, splits in figures.items()
+        for split in splits
+    }
+
+
+def standard_error(row: Figures) -> float:
+    """Of an accuracy p on n examples: √(p(1 − p)/n)."""
+    return math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / row["n"])
+
+
+def measured(record: Record) -> str:
+    """What the column n says, for a table's note."""
+    most = (record["config"].get("evaluation") or {}).get("examples")
+    words = "n: examples measured on"
+    if most is None:
+        return words
+    return (
+        f"{words}; of a split of more than {most:,}, stacks, growth, gates and what stands alone "
+        f"beside them see one fixed part of {most:,}; single runs (baselines, posterior ensembles, "
+        "ranks) see all"
+    )
+
+
+def drawn(sizes: Mapping[str, int], recipe: Figures | None) -> str:
+    """What a fit saw: of how many examples, in how many batches at most."""
+    words = f"Drawn from {listed(f'{n:,} of {title(task)}' for task, n in sizes.items())}"
+    if recipe is None:
+        return f"{words}; epochs and batches were not recorded"
+    steps = recipe["steps_per_epoch"]
+    each = f"{steps:,} batches" if steps else "one pass over the largest of them, in batches"
+    return f"{words}: at most {recipe['epochs']} epochs of {each} of {recipe['batch_size']}"

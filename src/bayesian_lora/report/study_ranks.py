@@ -4,7 +4,15 @@ import math
 from typing import Any
 
 from bayesian_lora.report.page import Block, Cell, Picture, Section, Table, Text, cell, number, plot
-from bayesian_lora.report.record import Figures, Record, finished, title, unfinished, value
+from bayesian_lora.report.record import (
+    Figures,
+    Record,
+    finished,
+    signed,
+    title,
+    unfinished,
+    value,
+)
 
 
 def ranks(record: Record) -> Section:
@@ -12,33 +20,39 @@ def ranks(record: Record) -> Section:
     steps = sorted(finished(record, "rank").values(), key=lambda step: step["rank"])
     blocks: list[Block] = []
     if steps:
-        blocks += [Text(answer(steps), "answer"), _table(steps), _plot(steps)]
+        blocks += [Text(words, "answer") for words in answers(steps)]
+        blocks += [_table(steps), _plot(steps)]
     blocks += unfinished(record, "rank", "Rank study")
     return Section("Rank against performance", "ranks", blocks)
 
 
-def answer(steps: list[Figures]) -> str:
-    """Whether a rank is better than the smallest by more than the fits' spread."""
+def answers(steps: list[Figures]) -> list[str]:
+    """Of accuracy and NLL whether a rank is better than the smallest beyond the fits' spread."""
+    return [_answer(steps, name, sign) for name, sign in (("accuracy", 1), ("nll", -1))]
+
+
+def _answer(steps: list[Figures], name: str, sign: int) -> str:
+    """`sign` 1 of a figure of which more is better, −1 where less is."""
     first, task = steps[0], title(steps[0]["task"])
-    best = max(steps, key=lambda s: s["single"]["accuracy"]["mean"])
-    low, high = first["single"]["accuracy"], best["single"]["accuracy"]
+    best = max(steps, key=lambda step: sign * step["single"][name]["mean"])
+    low, high = (step["single"][name]["mean"] for step in (first, best))
+    what, unit = ("NLL", " nats") if name == "nll" else (name, "")
     if best is first:
-        return f"{task}: no rank is better than rank {first['rank']} ({low['mean']:.3f})."
-    gain = high["mean"] - low["mean"]
+        return f"{task}, {what}: no rank is better than rank {first['rank']} ({low:.3f}{unit})."
     words = (
-        f"{task}: the best mean accuracy is {high['mean']:.3f} at rank {best['rank']}, "
-        f"{gain:+.3f} against rank {first['rank']}"
+        f"{task}, {what}: the best mean is {high:.3f}{unit} at rank {best['rank']}, "
+        f"{signed(high - low)} against rank {first['rank']}"
     )
-    error = _error(first, best)
+    error = _error(first, best, name)
     if error is None:
         return f"{words}; the spread over fits is not known."
-    verdict = "more than" if gain > 2 * error else "within"
+    verdict = "more than" if abs(high - low) > 2 * error else "within"
     return f"{words}: {verdict} two standard errors over the fits ({2 * error:.3f})."
 
 
-def _error(one: Figures, other: Figures) -> float | None:
+def _error(one: Figures, other: Figures, name: str) -> float | None:
     """Standard error of the difference of two means over fits."""
-    spreads = [step["single"]["accuracy"]["sd"] for step in (one, other)]
+    spreads = [step["single"][name]["sd"] for step in (one, other)]
     if None in spreads:
         return None
     return math.sqrt(sum(sd**2 / s["fits"] for sd, s in zip(spreads, (one, other), strict=True)))
@@ -51,6 +65,7 @@ def _table(steps: list[Figures]) -> Table:
             cell(step["rank"]),
             cell(step["parameters"]),
             cell(step["fits"]),
+            cell(step["n"]),
             *(_spread(step["single"][name]) for name in names),
             value(step["ensemble"], "nll"),
             cell(step["seconds"], 0),
@@ -62,10 +77,11 @@ def _table(steps: list[Figures]) -> Table:
     sizes = first["sizes"]
     return Table(
         f"{title(first['task'])} at several ranks, mean ± deviation over independent fits",
-        ["Rank", "Parameters trained", "Fits", *heads, "NLL of the fits' ensemble", "Seconds"],
+        ["Rank", "Parameters trained", "Fits", "n", *heads, "NLL of the fits' ensemble", "Seconds"],
         rows,
         note=f"Trained on {sizes['train']:,} examples, measured on {first['n']:,} of "
-        f"{first['split']}; alpha grows with the rank, so that the scale alpha/rank stays.",
+        f"{first['split']}; alpha grows with the rank, so that the scale alpha/rank stays. NLL in "
+        "nats.",
     )
 
 
@@ -89,7 +105,7 @@ def _plot(steps: list[Figures]) -> Picture:
             axes.set_xticks(at, [str(rank) for rank in at])
             axes.minorticks_off()
             axes.set_xlabel("rank")
-            axes.set_title("NLL" if name == "nll" else name, fontsize=10)
+            axes.set_ylabel("NLL (nats)" if name == "nll" else name)
 
     words = "; ".join(
         f"rank {s['rank']}: accuracy {s['single']['accuracy']['mean']:.3f}, NLL "

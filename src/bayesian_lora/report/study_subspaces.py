@@ -1,6 +1,7 @@
 """The observations' sections on subspaces: similarity and drift."""
 
 import math
+from collections.abc import Sequence
 
 from bayesian_lora.report import heatmaps
 from bayesian_lora.report.page import (
@@ -24,7 +25,7 @@ from bayesian_lora.report.record import (
 )
 
 CHANCE = 2.0
-"""Deviations of a random LoRA's figure beyond which a figure is called more than chance."""
+"""Deviations of a random LoRA's figure beyond which it is not called chance."""
 NO_DIRECTION = "an update is zero, so it has no direction"
 
 
@@ -35,7 +36,7 @@ def similarity(record: Record) -> Section:
     for step in steps.values():
         found = step["comparison"]
         blocks += [Text(_alike(pair), "answer") for pair in found["pairs"]]
-        blocks += [_cosines(found), _subspaces(found), *_pictures(found)]
+        blocks += [_cosines(found), _subspaces(found), _layers(found), *_pictures(found)]
     blocks += unfinished(record, "similarity", "Similarity")
     return Section("Similarity of the single adapters", "similarity", blocks)
 
@@ -46,8 +47,11 @@ def _alike(pair: Figures) -> str:
     own, chance = pair["whole"]["cosine"], pair["whole"]["control"]["cosine"]
     if own is None or chance is None:
         return f"{names}: the cosine of the updates is not defined, {NO_DIRECTION}."
-    off = abs(own - chance["mean"]) / chance["sd"] if chance["sd"] else math.inf
-    verdict = "more than chance" if off > CHANCE else "no more than chance"
+    away = own - chance["mean"]
+    off = abs(away) / chance["sd"] if chance["sd"] else math.inf
+    verdict = "no more alike and no further apart than chance"
+    if off > CHANCE:
+        verdict = "more alike than chance" if away > 0 else "further apart than chance"
     return (
         f"{names}: the cosine of the updates is {own:+.4f}, {off:.1f} standard deviations from "
         f"that of a random LoRA of equal norm ({chance['mean']:+.4f} ± {chance['sd']:.4f}): "
@@ -131,6 +135,28 @@ def _subspaces(found: Figures) -> Table:
     )
 
 
+def _layers(found: Figures) -> Table:
+    """The figures of the maps by layer."""
+    names = ("cosine", "phi_left", "phi_right")
+    rows = []
+    for pair in found["pairs"]:
+        for layer in pair["layers"]:
+            where = "none" if layer["layer"] is None else str(layer["layer"])
+            rows.append([_names(pair), cell(where), *_beside_chance(layer, names)])
+    columns = ["Adapters", "Layer", "Cosine of ΔW", "random LoRA", "φ left", "random LoRA"]
+    caption = "Cosine of ΔW and φ by layer, over its modules"
+    return Table(caption, [*columns, "φ right", "random LoRA"], rows)
+
+
+def _beside_chance(row: Figures, names: Sequence[str]) -> list[Cell]:
+    """Each figure, and beside it that of a random LoRA."""
+    return [
+        shown
+        for name in names
+        for shown in (value(row, name, reason=NO_DIRECTION), _spread(row["control"].get(name)))
+    ]
+
+
 def degrees(angle: float | None) -> Cell:
     """An angle in radians as a person reads it."""
     if angle is None:
@@ -142,8 +168,15 @@ def _pictures(found: Figures) -> list[Block]:
     blocks: list[Block] = []
     for name, png in heatmaps.pictures(found).items():
         what = name.removesuffix(".png").replace("-", " ")
+        text = f"Heat map of {what}, beside that of a random LoRA"
+        if name.endswith("layers.png"):
+            text += "; the table by layer has the figures, means over a layer's modules"
+        elif name == "pairs.png":
+            text += "; the tables of cosines and subspaces have its figures"
+        else:
+            text += "; φ of all directions together is in the table of subspaces"
         caption = f"{what}: each map beside that of a random LoRA on the same colours"
-        blocks.append(png_picture(png, f"Heat map of {what}; the tables have its figures", caption))
+        blocks.append(png_picture(png, text, caption))
     return blocks
 
 
@@ -182,63 +215,53 @@ def _farthest(step: Figures) -> str:
     if not known:
         return "No variant's drift is known."
     least, most = min(known, key=lambda n: known[n]), max(known, key=lambda n: known[n])
-    return (
+    words = (
         f"Further training changed the stack's update by {known[least]:.0%} ({least}) to "
-        f"{known[most]:.0%} ({most}) of its norm."
+        f"{known[most]:.0%} ({most}) of its norm"
     )
+    chance = step["variants"][most]["whole"]["control"].get("relative_change")
+    if chance is None:
+        return f"{words}."
+    return f"{words}; a random LoRA of {most}'s norm in its place is {chance['mean']:.0%} away."
 
 
 def _drift_table(name: str, step: Figures) -> Table:
-    parts = list(next(iter(step["variants"].values()))["parts"])
+    names = ("relative_change", "cosine", "phi_left", "phi_right")
     rows = []
     for variant, row in step["variants"].items():
-        whole = row["whole"]
-        own = [row["parts"][part]["own"] for part in parts]
-        rows.append(
-            [
-                cell(variant),
-                value(whole, "relative_change", reason="the stack's update is zero"),
-                value(whole, "cosine", reason=NO_DIRECTION),
-                value(whole, "phi_left", reason=NO_DIRECTION),
-                value(whole, "phi_right", reason=NO_DIRECTION),
-                *(value(p, "relative_change", reason="the part's update is zero") for p in own),
-            ]
-        )
+        own = {f"{title(part)}'s": found["own"] for part, found in row["parts"].items()}
+        for where, found in ({"all": row["whole"]} | own).items():
+            rows.append([cell(variant), cell(where), *_beside_chance(found, names)])
     first = next(iter(step["variants"].values()))["whole"]
     chance = {side: first[f"baseline_{side}"] for side in ("left", "right")}
     words = listed(f"{n} {number(x)}" for n, x in chance.items() if x is not None)
-    columns = ["Variant", "Relative change", "Cosine with before", "φ left", "φ right"]
+    heads = ("Relative change", "Cosine with before", "φ left", "φ right")
     return Table(
         f"Stack {name}: before against after",
-        [*columns, *(f"change in {title(part)}'s columns" for part in parts)],
+        ["Variant", "Columns", *(head for what in heads for head in (what, "random LoRA"))],
         rows,
-        note="Relative change: ‖ΔW after − ΔW before‖/‖ΔW before‖. φ of random subspaces: "
-        f"{words}; cosine of a random LoRA: {_plain_spread(first['control']['cosine'])}.",
+        note="Relative change: ‖ΔW after − ΔW before‖/‖ΔW before‖. Random LoRA: of equal rank and "
+        f"norm in the place of what stands after. φ of random subspaces, all columns: {words}.",
     )
 
 
-def _plain_spread(figure: Figures | None) -> str:
-    return _spread(figure).text
-
-
 def _against_table(name: str, step: Figures) -> Table:
+    names = ("cosine", "phi_left", "phi_right")
     rows = []
     for variant, row in step["variants"].items():
         for part, when in row["parts"].items():
-            rows.append(
-                [
-                    cell(variant),
-                    cell(title(part)),
-                    value(when["before"], "cosine", reason=NO_DIRECTION),
-                    value(when["after"], "cosine", reason=NO_DIRECTION),
-                    value(when["before"], "phi_left", reason=NO_DIRECTION),
-                    value(when["after"], "phi_left", reason=NO_DIRECTION),
-                    _spread(when["after"]["control"]["phi_left"]),
-                ]
-            )
-    columns = ["Variant", "Single adapter", "Cosine before", "Cosine after"]
+            found: list[Cell] = []
+            for figure in names:
+                found.append(value(when["before"], figure, reason=NO_DIRECTION))
+                found += _beside_chance(when["after"], [figure])
+            rows.append([cell(variant), cell(title(part)), *found])
+    heads = ("Cosine", "φ left", "φ right")
     return Table(
         f"Stack {name}: each single adapter against the whole stack, before and after training",
-        [*columns, "φ left before", "φ left after", "φ left of a random LoRA"],
+        [
+            "Variant",
+            "Single adapter",
+            *(f"{x}{when}" for x in heads for when in (" before", " after", " of a random LoRA")),
+        ],
         rows,
     )

@@ -1,24 +1,28 @@
 """The observations' sections on stacks: without training, and trained further."""
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
 from bayesian_lora.report import anchors
 from bayesian_lora.report.page import Block, Cell, Section, Table, Text, cell
 from bayesian_lora.report.record import (
+    NO_MCC,
     Figures,
     Record,
+    data_sets,
     difference,
+    drawn,
     finished,
     first_split,
     listed,
+    measured,
+    places,
     signed,
+    standard_error,
     title,
     unfinished,
     value,
 )
-from bayesian_lora.report.study_baselines import NO_MCC, curves
+from bayesian_lora.report.study_baselines import curves
 
 LOGGED = (
     "epoch",
@@ -30,46 +34,49 @@ LOGGED = (
     "val/loss",
 )
 
-
 CHANGES = (
-    "Changes are against the adapter alone; of an accuracy those beyond two standard errors are "
-    "marked"
+    "Changes are against the adapter alone; of an accuracy those beyond two standard errors "
+    "√(p(1 − p)/n) are marked. NLL in nats"
 )
+MEASURED = ("n", "Accuracy", "change", "MCC", "NLL", "change")
 WHOLE = ("epoch", "trainer/global_step")
 
 
 def stacks(record: Record) -> Section:
     """What stacking without any further training costs, way by way."""
-    steps = finished(record, "stack")
+    steps, data = finished(record, "stack"), data_sets(record)
     blocks: list[Block] = []
     for name, step in steps.items():
-        blocks += [Text(sentence, "answer") for sentence in stacking_answers(name, step)]
-        blocks.append(_stack_table(name, step))
+        blocks += [Text(sentence, "answer") for sentence in stacking_answers(name, step, data)]
+        blocks.append(_stack_table(name, step, measured(record)))
     if steps:
         blocks.append(_original_stacks())
     blocks += unfinished(record, "stack", "Stacks")
     return Section("Stacked without further training", "stacked", blocks)
 
 
-def stacking_answers(name: str, step: Figures) -> list[str]:
-    """What exact stacking loses on each task, against what the original lost."""
+def stacking_answers(name: str, step: Figures, data: Mapping[str, str]) -> list[str]:
+    """What exact stacking loses on each task, against what the original lost on its data set."""
     found = []
     for task, alone in step["alone"].items():
-        gone = lost(step, "exact", task)
-        original = anchors.lost_by_stacking(task)
+        gone, own = lost(step, "exact", task), first_split(alone)
+        original = anchors.lost_by_stacking(data.get(task, ""))
         if gone is None:
             continue
         words = (
             f"{name}: exact stacking changes {title(task)}'s accuracy from "
-            f"{first_split(alone)['accuracy']:.3f} by {signed(-gone)}"
+            f"{own['accuracy']:.3f} by {signed(-gone)} (standard error {standard_error(own):.3f})"
         )
         if (halved := lost(step, "original", task)) is not None:
             words += f", at the original's scaling by {signed(-halved)}"
-        if original is not None:
-            met = "met" if gone <= anchors.SHARE_OF_LOSS * original else "not met"
+        if original is None:
+            words += "; the original gives no stacked figure of its data set"
+        else:
+            allowed = anchors.SHARE_OF_LOSS * original
+            met = "met" if gone <= allowed else "not met"
             words += (
-                f"; the original's stacking lost {original:.3f}, and the target, at most "
-                f"{anchors.SHARE_OF_LOSS:.0%} of that, is {met}"
+                f"; the original's stacking lost {original:.3f}, and the target, to lose at most "
+                f"{anchors.SHARE_OF_LOSS:.0%} of that ({allowed:.3f}), is {met}"
             )
         found.append(words + ".")
     return found
@@ -83,48 +90,37 @@ def lost(step: Figures, way: str, task: str) -> float | None:
     return first_split(step["alone"][task])["accuracy"] - first_split(figures)["accuracy"]
 
 
-def _stack_table(name: str, step: Figures) -> Table:
+def _stack_table(name: str, step: Figures, seen: str) -> Table:
     rows = []
-    for task, alone in step["alone"].items():
-        for split, own in alone.items():
-            where = title(task) if len(alone) == 1 else f"{title(task)} {split}"
-            rows.append(
-                [
-                    cell(where),
-                    cell("the adapter alone"),
-                    cell(step["ranks"][task]),
-                    *_against(own, None),
-                ]
-            )
-            for way in step["ways"].values():
-                if (row := way["figures"][task].get(split)) is not None:
-                    rows.append(
-                        [cell(where), cell(way["title"]), cell(way["rank"]), *_against(row, own)]
-                    )
+    for (task, split), place in places(step["alone"]).items():
+        own, rank = step["alone"][task][split], step["ranks"][task]
+        rows.append([cell(place), cell("the adapter alone"), cell(rank), *_against(own, None)])
+        for way in step["ways"].values():
+            if (row := way["figures"][task].get(split)) is not None:
+                rows.append(
+                    [cell(place), cell(way["title"]), cell(way["rank"]), *_against(row, own)]
+                )
     notes = [f"{way['title']}: {way['note']}" for way in step["ways"].values() if way["note"]]
     return Table(
         f"Stack {name} of {listed(map(title, step['alone']))}",
-        ["Task", "How", "Rank", "Accuracy", "change", "MCC", "NLL", "change"],
+        ["Task", "How", "Rank", *MEASURED],
         rows,
-        note=". ".join([*notes, CHANGES]) + ".",
+        note=". ".join([*notes, CHANGES, seen]) + ".",
     )
 
 
 def _against(row: Figures, own: Figures | None) -> list[Cell]:
+    """The columns `MEASURED` of a row, changes against `own`."""
     if own is None:
         changes = [cell("–"), cell("–")]
     else:
         changes = [
-            difference(row["accuracy"], own["accuracy"], least=2 * _standard_error(own)),
+            difference(row["accuracy"], own["accuracy"], least=2 * standard_error(own)),
             difference(row["nll"], own["nll"], better=-1),
         ]
     mcc = value(row, "mcc", reason=NO_MCC)
-    return [value(row, "accuracy"), changes[0], mcc, value(row, "nll"), changes[1]]
-
-
-def _standard_error(row: Figures) -> float:
-    """Of an accuracy p on n examples: √(p(1 − p)/n)."""
-    return math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / row["n"])
+    accuracy = [cell(row["n"]), value(row, "accuracy"), changes[0], mcc]
+    return [*accuracy, value(row, "nll"), changes[1]]
 
 
 def _original_stacks() -> Table:
@@ -147,7 +143,8 @@ def further(record: Record) -> Section:
     steps = finished(record, "further")
     blocks: list[Block] = []
     for name, step in steps.items():
-        blocks += [Text(generalisation(step), "answer"), _variants_table(name, step)]
+        blocks += [Text(words, "answer") for words in generalisation(step)]
+        blocks.append(_variants_table(name, step, measured(record)))
         blocks += [_summaries(step), *_original_summaries()]
         blocks += curves(
             {v: row["history"] for v, row in step["variants"].items()}, f"stack {name}"
@@ -156,71 +153,64 @@ def further(record: Record) -> Section:
     return Section("Stacks trained further", "further", blocks)
 
 
-def generalisation(step: Figures) -> str:
-    """Whether further training is better on all the stack's tasks, from the figures."""
-
-    def gains(reference: Mapping[str, Any]) -> dict[str, list[float]]:
-        return {
-            name: [
-                first_split(row["figures"][task])["accuracy"] - first_split(own)["accuracy"]
-                for task, own in reference.items()
-            ]
-            for name, row in step["variants"].items()
-        }
-
-    tasks = listed(title(task) for task in step["alone"])
-    over_alone, over_stack = gains(step["alone"]), gains(step["before"])
-    both = [name for name, change in over_alone.items() if min(change) >= 0]
-    least = max(over_alone, key=lambda name: min(over_alone[name]))
-    improved = [name for name, change in over_stack.items() if min(change) > 0]
-    words = [
-        f"Better generalisability on {tasks}? "
-        + (
-            f"At least the single adapters' accuracy on every one of them: {listed(both)}."
-            if both
-            else "No variant reaches the single adapters' accuracy on every one of them."
-        ),
-        f"Above the untrained exact stack on every one: {listed(improved) or 'none'}.",
-        f"The variant whose worst change against the single adapters is best is {least} "
-        f"({signed(min(over_alone[least]))}).",
-    ]
-    return " ".join(words)
-
-
-def _variants_table(name: str, step: Figures) -> Table:
-    tasks = list(step["alone"])
-    heads = [
-        f"{title(t)} {what}" for t in tasks for what in ("accuracy", "change", "NLL", "change")
-    ]
-    rows = [
-        [cell("the adapters alone"), cell("–"), *_wide(step["alone"], None, tasks)],
-        [cell("exact stack, untrained"), cell("–"), *_wide(step["before"], step["alone"], tasks)],
-    ]
-    for variant, row in step["variants"].items():
-        rows.append(
-            [cell(variant), cell(row["what"]), *_wide(row["figures"], step["alone"], tasks)]
+def generalisation(step: Figures) -> list[str]:
+    """Whether further training is better on all the stack's tasks, with the accuracies' errors."""
+    where = listed(places(step["alone"]).values())
+    return [
+        f"Better than {what} on {where}? {_gains(step, reference)}"
+        for reference, what in (
+            ("alone", "the single adapters"),
+            ("before", "the untrained exact stack"),
         )
-    sizes = listed(f"{title(t)} {n:,}" for t, n in step["sizes"].items())
-    errors = listed(
-        f"{title(t)} ±{_standard_error(first_split(own)):.3f}" for t, own in step["alone"].items()
+    ]
+
+
+def _gains(step: Figures, reference: str) -> str:
+    """Of the variants those better on every task, those within one standard error, the best."""
+    own = {place: step[reference][place[0]][place[1]] for place in places(step["alone"])}
+    errors = {place: standard_error(row) for place, row in own.items()}
+    gains = {
+        name: {
+            (task, split): row["figures"][task][split]["accuracy"] - base["accuracy"]
+            for (task, split), base in own.items()
+        }
+        for name, row in step["variants"].items()
+    }
+    better, level = [], []
+    for name, found in gains.items():
+        if all(gain > errors[place] for place, gain in found.items()):
+            better.append(name)
+        elif all(gain >= -errors[place] for place, gain in found.items()):
+            level.append(name)
+    least = max(gains, key=lambda name: min(gains[name].values()))
+    worst = min(gains[least], key=lambda place: gains[least][place])
+    return (
+        f"By more than one standard error on every one: {listed(better) or 'none'}. Nowhere worse "
+        f"by more than one, though not better by more than one on all: {listed(level) or 'none'}. "
+        f"The variant whose worst change is best is {least}: {signed(gains[least][worst])} on "
+        f"{places(step['alone'])[worst]}, where the standard error is {errors[worst]:.3f}."
     )
+
+
+def _variants_table(name: str, step: Figures, seen: str) -> Table:
+    rows = []
+    for (task, split), place in places(step["alone"]).items():
+        own, before = (step[which][task][split] for which in ("alone", "before"))
+        rows += [
+            [cell(place), cell("the adapter alone"), cell("–"), *_against(own, None)],
+            [cell(place), cell("exact stack, untrained"), cell("–"), *_against(before, own)],
+        ]
+        for variant, row in step["variants"].items():
+            found = _against(row["figures"][task][split], own)
+            rows.append([cell(place), cell(variant), cell(row["what"]), *found])
+    recipe = step["recipe"]
+    fit = f"{drawn(step['sizes'], recipe)}, learning rate {recipe['lr']:g}"
     return Table(
         f"Stack {name} after further training, on every task it carries",
-        ["Variant", "What is trained", *heads],
+        ["Task", "Variant", "What is trained", *MEASURED],
         rows,
-        note=f"{CHANGES}. Trained on {sizes} examples for at most "
-        f"{step['recipe']['epochs']} epochs, learning rate {step['recipe']['lr']:g}; standard "
-        f"error of an accuracy: {errors}.",
+        note=f"{CHANGES}. {fit}. {seen}.",
     )
-
-
-def _wide(figures: Figures, own: Figures | None, tasks: list[str]) -> list[Cell]:
-    cells: list[Cell] = []
-    for task in tasks:
-        row = first_split(figures[task])
-        accuracy, change, _, nll, nll_change = _against(row, own and first_split(own[task]))
-        cells += [accuracy, change, nll, nll_change]
-    return cells
 
 
 def _summaries(step: Figures) -> Table:

@@ -3,26 +3,27 @@
 Shapes: K members, N examples.
 """
 
-from __future__ import annotations
-
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from bayesian_lora.composition.column_files import is_grown, read_columns
+from bayesian_lora.composition.growth_report import masked_figures
+from bayesian_lora.composition.stack import Stack
+from bayesian_lora.composition.stack_evaluation import TaskFigures, evaluate_stack, table
+from bayesian_lora.composition.stack_files import read_stack
+from bayesian_lora.composition.task_data import task_spec
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.building import resolve_device
+from bayesian_lora.experiment.task_sets import Sets, load_sets
+from bayesian_lora.predict import Predictions
+from bayesian_lora.progress import Progress
+from bayesian_lora.utils.files import write_json, write_npz
 
-if TYPE_CHECKING:
-    import torch
-
-    from bayesian_lora.composition.stack import Stack
-    from bayesian_lora.data.batching import TokenisedSet
-    from bayesian_lora.data.tasks import TaskSpec
-    from bayesian_lora.predict import Predictions
-    from bayesian_lora.progress import Progress
-
-    Sets = dict[str, dict[str, TokenisedSet]]
-    AllPredictions = dict[tuple[str, str], Predictions]
+AllPredictions = dict[tuple[str, str], Predictions]
+"""(task, split) → predictions."""
 
 
 def evaluate_folder(
@@ -49,11 +50,6 @@ def evaluate_folder(
         InputError: no stack there or a damaged one, a split that no task has, no data, or another
             base model than the adapters'.
     """
-    from bayesian_lora.composition.stack_evaluation import table
-    from bayesian_lora.composition.stack_files import read_stack
-    from bayesian_lora.experiment.building import resolve_device
-    from bayesian_lora.progress import Progress
-
     began = time.monotonic()
     root, progress = Path(folder), progress or Progress()
     stack = read_stack(root)
@@ -61,30 +57,26 @@ def evaluate_folder(
     place = resolve_device(device)
     progress.say(f"Stack of {_count(len(stack.parts), 'adapter')} in {root}")
     sets = load_sets(stack, splits, data_dir)
-    tasks, predictions = evaluate(root, stack, sets, place, progress)
+    tasks, predictions = _evaluate(root, stack, sets, place, progress)
     value = {
         "stack": {"kind": stack.facts.get("kind"), "parts": [part.name for part in stack.parts]},
         "k": len(stack),
         "tasks": tasks,
         "eval_s": round(time.monotonic() - began, 2),
     }
-    store(root, split, value, predictions)
+    _store(root, split, value, predictions)
     for line in table(tasks):
         progress.say(line)
     return value
 
 
-def evaluate(
+def _evaluate(
     root: Path, stack: Stack, sets: Sets, device: torch.device, progress: Progress
-) -> tuple[dict[str, dict[str, dict[str, Any]]], AllPredictions]:
+) -> tuple[TaskFigures, AllPredictions]:
     """{task: {split: figures}} and {(task, split): predictions} of the stack in the folder `root`:
     what lies beside `stack.json` says how its members predict, nothing there that they do so as
     they stand.
     """
-    from bayesian_lora.composition.column_files import is_grown, read_columns
-    from bayesian_lora.composition.growth_report import masked_figures
-    from bayesian_lora.composition.stack_evaluation import evaluate_stack
-
     found: AllPredictions = {}
 
     def keep(task: str, split: str, predictions: Predictions) -> None:
@@ -104,9 +96,7 @@ def chosen_splits(stack: Stack, split: str | None) -> dict[str, list[str] | None
     Raises:
         InputError: a task that is not in the registry, or a split that no task has.
     """
-    from bayesian_lora.composition.task_data import task_spec
-
-    specs: dict[str, TaskSpec] = {name: task_spec(task) for name, task in stack.tasks.items()}
+    specs = {name: task_spec(task) for name, task in stack.tasks.items()}
     if split is None:
         return dict.fromkeys(specs)
     if found := {name: [split] for name, spec in specs.items() if split in spec.splits}:
@@ -115,35 +105,10 @@ def chosen_splits(stack: Stack, split: str | None) -> dict[str, list[str] | None
     raise InputError(f"split {split!r}: no task of this stack has it; choose of {known}")
 
 
-def load_sets(stack: Stack, splits: Mapping[str, list[str] | None], data_dir: str | None) -> Sets:
-    """{task: {split: tokenised set}}, from `data_dir`, the environment's folder, or the hub.
-
-    Raises:
-        InputError: a folder that is none, or data or tokenizer that cannot be had.
-    """
-    from bayesian_lora.composition.stack_model import load_tokenizer
-    from bayesian_lora.composition.task_data import evaluation_sets, task_spec
-    from bayesian_lora.data.preparation import data_folder
-    from bayesian_lora.experiment.setup import ask_hub_once
-    from bayesian_lora.models.sources import resolve_model
-
-    folder = data_folder(data_dir)
-    source = resolve_model(stack.model["name"])
-    for name in splits:
-        ask_hub_once(task_spec(stack.tasks[name]), source, folder)
-    tokenizer = load_tokenizer(stack)
-    return {
-        name: evaluation_sets(stack.tasks[name], tokenizer, folder, wanted)
-        for name, wanted in splits.items()
-    }
-
-
-def store(
+def _store(
     root: Path, split: str | None, value: dict[str, Any], predictions: AllPredictions
 ) -> None:
     """Figures and predictions into the stack's folder; a split alone leaves `metrics.json`."""
-    from bayesian_lora.utils.files import write_json, write_npz
-
     for (task, name), found in predictions.items():
         arrays = {key: x for key, x in vars(found).items() if x is not None}
         write_npz(root / "predictions" / f"{task}.{name}.npz", arrays)

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bayesian_lora.cli.eval_stack import chosen_splits, evaluate_folder
 from bayesian_lora.composition.stack import Stack
 from bayesian_lora.composition.stack_files import read_stack, write_stack
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.stack_eval import chosen_splits, evaluate_folder
 from bayesian_lora.metrics import classification_metrics, ensemble_log_probs
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import read_json, read_npz
