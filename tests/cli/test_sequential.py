@@ -180,4 +180,4 @@ def test_another_beginning_in_the_same_folder_is_refused(
     assert "its task 1 is 'synthetic', asked for is 'other'" in error
     code, _, error = call("synthetic", "other=synthetic", *options, "--lr", "0.5")
     assert code == 2
-    assert "lr was 0.003 when it began, now it is 0.5" in error
+    assert "lr was 0.001 when it began, now it is 0.5" in error

@@ -121,7 +121,8 @@ def test_the_folder_holds_what_the_contract_lists(case: Case) -> None:
     files = {
         f"{m}/{n}" for m in members for n in ("adapter_config.json", "adapter_model.safetensors")
     }
-    files |= {"config.yaml", "run.json", "log.jsonl", "members.jsonl", "ensemble.json"}
+    files |= {"config.yaml", "run.json", "members.jsonl", "ensemble.json"}
+    files |= {"log.jsonl", "metrics.csv"}
     files |= {"traces/part_00001.npz", "traces/starts.npz", "metrics.json"}
     files |= {f"checkpoint/{name}.safetensors" for name in ("newest", "previous")}
     assert found == files | {f"predictions/{case.split}.npz"}

@@ -75,10 +75,12 @@ def _loaded(base: Path, classes: int) -> Any:
 
 
 def pooled_state(network: Any, ids: Tensor) -> Tensor:
+    """The means over the tokens of what every layer is given, each normalised."""
     encoder = getattr(network, network.base_model_prefix)
-    out = encoder(ids, attention_mask=torch.ones_like(ids))
-    pooler = getattr(out, "pooler_output", None)
-    return out.last_hidden_state[0, 0] if pooler is None else pooler[0]
+    out = encoder(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    means = [state[0].mean(0) for state in out.hidden_states[:-1]]
+    normal = [(m - m.mean()) / (m.var(unbiased=False) + 1e-5).sqrt() for m in means]
+    return torch.cat(normal) / len(normal) ** 0.5
 
 
 def replaced(

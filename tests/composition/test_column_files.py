@@ -18,17 +18,24 @@ from bayesian_lora.composition.column_files import (
     write_columns,
 )
 from bayesian_lora.composition.fit import Recipe
-from bayesian_lora.composition.growth_report import evaluate_grown
 from bayesian_lora.composition.sequential import grow
 from bayesian_lora.composition.sources import read_source
 from bayesian_lora.composition.stack import StackTask
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.stack_eval import evaluate_folder
 from bayesian_lora.models.peft_io import read_member
+from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import read_json, write_json
 from tests.composition.growths import CLASSES, grown, growth, same, task
 from tests.composition.stacks import make_data, make_sets
+
+
+def evaluated(folder: Path, split: str | None = None) -> dict[str, Any]:
+    quiet = Progress(quiet=True)
+    found: dict[str, Any] = evaluate_folder(folder, split=split, device="cpu", progress=quiet)
+    return found["tasks"]
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +325,7 @@ def test_each_task_is_evaluated_with_its_own_mask(
         for t in tasks
     }
     found = grow(growth(base), tasks, data, folder=tmp_path / "out", alone=False)
-    figures = evaluate_grown(tmp_path / "out")
+    figures = evaluated(tmp_path / "out")
     for name in ("a", "b"):
         for split, now in figures[name].items():
             then = found.report[name]["after"][split]
@@ -326,7 +333,7 @@ def test_each_task_is_evaluated_with_its_own_mask(
             assert now["nll"] == pytest.approx(then["nll"], abs=1e-9)
         assert figures[name]["validation"]["largest_difference"] == 0.0
         assert "largest_difference" not in figures[name]["shifted"]
-    assert evaluate_grown(tmp_path / "out", splits=["shifted"])["a"].keys() == {"shifted"}
+    assert evaluated(tmp_path / "out", split="shifted")["a"].keys() == {"shifted"}
 
 
 def test_an_earlier_task_is_read_as_it_was_trained(

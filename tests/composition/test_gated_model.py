@@ -4,6 +4,7 @@ Shapes: M chains, B examples, L tokens, E experts, C classes.
 """
 
 import copy
+import dataclasses
 import threading
 from pathlib import Path
 from typing import get_args
@@ -11,6 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bayesian_lora.composition.gated_model import GatedModel, gated_model
@@ -148,15 +150,38 @@ def test_the_ungated_path_is_untouched(tiny_models: dict[str, Path]) -> None:
     shared = {name: x[0] for name, x in inputs.items()}
     before = model(**inputs).detach()
     pooled = model.pooled(**shared)
-    assert pooled.shape == (1, 3, 32)
+    assert pooled.shape == (1, 3, 64)  # the inputs of two layers
     torch.testing.assert_close(model.pooled(**inputs)[0], pooled[0], rtol=0, atol=1e-6)
-    hidden = plain.base.roberta(  # type: ignore[operator,union-attr]
+    states = plain.base.roberta(  # type: ignore[operator,union-attr]
         input_ids=inputs["input_ids"].flatten(0, 1),
         attention_mask=inputs["attention_mask"].flatten(0, 1),
-    )
-    assert (hidden.last_hidden_state[:3, 0] - pooled[0]).abs().max() > 1e-3, "adapters act here"
+        output_hidden_states=True,
+    ).hidden_states
+    mask = inputs["attention_mask"][0, ..., None]
+    means = [(h[:3] * mask).sum(1) / mask.sum(1) for h in states[:2]]
+    embedded, adapted = (F.layer_norm(m, m.shape[-1:]) / 2**0.5 for m in means)
+    torch.testing.assert_close(pooled[0, :, :32], embedded, rtol=0, atol=1e-5)
+    assert (pooled[0, :, 32:] - adapted).abs().max() > 1e-3, "adapters act here"
     assert torch.equal(model(**inputs), before)
     assert model.num_chains == 2
+
+
+@pytest.mark.parametrize("layers", [["0", "1"], ["1"]])
+def test_what_is_pooled_does_not_depend_on_padding(
+    tiny_models: dict[str, Path], layers: list[str]
+) -> None:
+    """Of queries alone too, whose last layer sees first tokens only when batches are flat."""
+    base = tiny_models["bert"]
+    stack = make_stack(base, RANKS)
+    wanted = tuple(f"encoder.layer.{n}.attention.self.query" for n in layers)
+    own = {n: t for n, t in stack.factors.items() if any(w in n for w in wanted)}
+    spec = dataclasses.replace(stack.spec, target_modules=wanted)
+    model = gated_model(stack.changed(spec=spec, factors=own), "sequence")
+    inputs = {name: x[0] for name, x in batch(base).items()}
+    flat = model.pooled(**inputs)
+    assert flat.shape == (1, 3, 32), "the last layer's first tokens count where nothing else does"
+    model.flat = False
+    torch.testing.assert_close(model.pooled(**inputs), flat, rtol=0, atol=1e-5)
 
 
 def test_members_predict_alone_what_they_predict_together(tiny_models: dict[str, Path]) -> None:

@@ -36,7 +36,8 @@ REMEDY = re.compile(
 )
 PLACES = {"config.yaml": 7, "run.json": 6, "ensemble.json": 7, "members.jsonl": 4}
 """Bits flipped, and half as many cuts, in files that have more ways to be wrong than others."""
-PLACES_BY_SUFFIX = {".npz": 4, ".safetensors": 2, ".json": 1, ".jsonl": 2}
+PLACES_BY_SUFFIX = {".npz": 4, ".safetensors": 2, ".json": 1, ".jsonl": 2, ".csv": 1}
+LOGS = ("log.jsonl", "metrics.csv")
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,9 @@ def _same_figures(runs: Runs, folder: Path, found: dict[str, Any]) -> None:
 
 
 def _same_run(expected: Path, folder: Path, _: None) -> None:
-    """The log apart, which nothing reads: a line of it may be injured."""
-    shutil.copy(expected / "log.jsonl", folder / "log.jsonl")
+    """The logs apart, which no run reads: a line of them may be injured."""
+    for name in LOGS:
+        shutil.copy(expected / name, folder / name)
     assert_same_run(folder, expected)
     _same_peft_configs(expected, folder)
 

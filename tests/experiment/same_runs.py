@@ -58,6 +58,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert metrics[0] == metrics[1]
     lines = [(root / "log.jsonl").read_text().splitlines() for root in (found, expected)]
     assert [_without_rate(x) for x in lines[0]] == [_without_rate(x) for x in lines[1]]
+    assert (found / "metrics.csv").read_text() == (expected / "metrics.csv").read_text()
 
 
 def assert_same_arrays(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

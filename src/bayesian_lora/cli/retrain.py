@@ -44,7 +44,7 @@ def retrain(
     ] = 0.0,
     examples: Examples = None,
     epochs: Epochs = 3,
-    lr: Rate = 2e-3,
+    lr: Rate = 1e-3,
     batch_size: BatchSize = 32,
     prior_std: PriorStd = 1.0,
     data_dir: DataDir = None,

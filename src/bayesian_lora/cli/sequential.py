@@ -55,7 +55,7 @@ def sequential(
     alpha: Alpha = None,
     examples: Examples = None,
     epochs: Epochs = 8,
-    lr: Rate = 3e-3,
+    lr: Rate = 1e-3,
     batch_size: BatchSize = 32,
     prior_std: PriorStd = 1.0,
     max_length: Length = None,

@@ -251,8 +251,8 @@ def table(figures: Figures) -> list[str]:
         lines.append(f"  on {task}: {', '.join(cells)}")
     gate, doubt = figures["gate"], figures["uncertainty"]
     lines.append(
-        f"Entropy of the gate: over experts {gate['expert_entropy']:.4f}, over tasks "
-        f"{gate['task_entropy']:.4f} nats"
+        f"Entropy of the gate: {gate['gate_entropy']:.4f}, of its mean over experts "
+        f"{gate['expert_entropy']:.4f}, over tasks {gate['task_entropy']:.4f} nats"
     )
     if doubt["mutual_information"] is not None:
         lines.append(
@@ -263,7 +263,7 @@ def table(figures: Figures) -> list[str]:
     half = curve["accuracy"][len(curve["coverage"]) // 2 - 1]
     lines.append(
         f"Answering the surer half: accuracy {half:.4f}; area under risk–coverage "
-        f"{curve['area']:.4f}"
+        f"{curve['area']:.4f} (an oracle's {curve['area_of_oracle']:.4f})"
     )
     return lines
 

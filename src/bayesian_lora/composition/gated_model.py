@@ -13,6 +13,7 @@ over all tasks' classes, right only if both factors are, is an ordinary categori
 probabilities average, and every metric applies.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bayesian_lora.composition.experts import experts_of
@@ -27,6 +29,7 @@ from bayesian_lora.composition.stack import Part, Stack
 from bayesian_lora.composition.stack_model import build_stack_model
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.errors import InputError
+from bayesian_lora.models.chain_lora import ChainLora
 from bayesian_lora.models.flat_attention import encoder_layers
 from bayesian_lora.models.mixing import Gate, GateKind, LayerMix, Run
 from bayesian_lora.models.sources import ModelSource
@@ -62,6 +65,10 @@ class GatedModel(TaskModel):
     parts: tuple[Part, ...]
     membership: Tensor
     """(E, T), 1 where an expert is of a task."""
+    read_layers: list[ChainLora]
+    """Whose inputs `pooled` reads: those that all tokens reach, if there are any."""
+    first_rows_alone = False
+    """Whether there are none."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
@@ -146,26 +153,37 @@ class GatedModel(TaskModel):
     def pooled(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """The hidden state the head gets of the base without adapters, (M or 1, B, D).
+        """What the adapted layers see of the base without adapters, (M or 1, B, D).
 
-        Inputs (M, B, L), or (B, L) for all chains, which are then run once.
+        Of each input that adapted layers share (query, key and value do) the mean over the text's
+        tokens, normalised to mean 0 and variance 1; all side by side, over the square root of their
+        number. Inputs (M, B, L), or (B, L) for all chains, which are then run once.
         """
         chains = input_ids.shape[0] if input_ids.ndim == 3 else 1
         given = (input_ids, attention_mask, token_type_ids)
         one = [None if x is None else x.reshape(-1, x.shape[-1]) for x in given]
+        run = Run(attention_mask.reshape(-1, attention_mask.shape[-1]).to(self.device) != 0, None)
         seen: list[Tensor] = []
-        roots = [self.base.get_submodule(name) for name in self.info.spec.head_modules]
-        # The first of them to run has what the encoder gives; BERT's pooler is one if it is new.
-        hooks = [
-            root.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for root in roots
-        ]
+        means: list[Tensor] = []
+
+        def take(_layer: Any, args: tuple[Tensor, ...]) -> None:
+            if any(args[0] is known for known in seen):
+                return
+            seen.append(args[0])
+            x = args[0].reshape(-1, args[0].shape[-1])
+            index, share = run.places(x.shape[0], self.first_rows_alone)
+            mean = x.new_zeros(len(run.mask), x.shape[-1])
+            mean.index_add_(0, index, x * share.to(x.dtype))
+            means.append(F.layer_norm(mean, mean.shape[-1:]))
+
+        hooks = [lora.register_forward_pre_hook(take) for lora in self.read_layers]
         try:
             with self.without_adapters():
                 super()._forward(*one)  # type: ignore[arg-type]
         finally:
             for hook in hooks:
                 hook.remove()
-        state = seen[0] if seen[0].ndim == 2 else seen[0][:, 0]
+        state = torch.cat(means, -1) / math.sqrt(len(means))
         return state.unflatten(0, (chains, -1))
 
     def outputs(self, data: TokenisedSet) -> GatedOutputs:
@@ -236,24 +254,35 @@ def with_gate(
     columns = experts_of(stack, top_k)
     layers = model.lora_layers()
     widths = [lora.base.in_features for lora in layers.values()]
-    hidden: Any = model.base.config.hidden_size  # type: ignore[union-attr]
+    late, width = _first_rows_only(model), 0
+    if kind == "sequence":
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        width = _bare(model, late).pooled(ids, torch.ones_like(ids)).shape[-1]
     gate = Gate(
-        kind, model.num_chains, columns, widths, hidden, temperature=temperature, top_k=top_k
+        kind, model.num_chains, columns, widths, width, temperature=temperature, top_k=top_k
     )
     like = next(iter(model.chain_parameters().values()))
     gate.to(like.device, like.dtype).initialise(generators)
     gate.take_directions(layers)
-    late = _first_rows_only(model)
     for number, (name, lora) in enumerate(layers.items()):
         lora.mix = LayerMix(gate, lora, number, name in late)
     model.base.add_module("gate", gate)
-    found = GatedModel(model.base, model.info)
-    found._fingerprint, found.autocast, found.flat = model._fingerprint, model.autocast, model.flat
+    found = _bare(model, late)
     found.slices, found.parts = model.slices, stack.parts
     found.membership = torch.tensor(
         [[float(part.task == task) for task in model.slices] for part in stack.parts],
         device=like.device,
     )
+    return found
+
+
+def _bare(model: TaskModel, late: set[str]) -> GatedModel:
+    """A `GatedModel` on the given model's network, that knows which inputs to read."""
+    found = GatedModel(model.base, model.info)
+    found._fingerprint, found.autocast, found.flat = model._fingerprint, model.autocast, model.flat
+    layers = model.lora_layers()
+    wide = [lora for name, lora in layers.items() if name not in late]
+    found.read_layers, found.first_rows_alone = wide or list(layers.values()), not wide
     return found
 
 

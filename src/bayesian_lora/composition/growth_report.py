@@ -4,21 +4,16 @@ Shapes: K members, N examples, C classes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from bayesian_lora.composition.column_files import Grown, read_columns
+from bayesian_lora.composition.column_files import Grown
 from bayesian_lora.composition.columns import masked
 from bayesian_lora.composition.stack_evaluation import TaskFigures, task_figures
-from bayesian_lora.composition.stack_model import (
-    build_stack_model,
-    load_tokenizer,
-    task_predictions,
-)
-from bayesian_lora.composition.task_data import TaskData, evaluation_sets, task_spec
+from bayesian_lora.composition.stack_model import build_stack_model, task_predictions
+from bayesian_lora.composition.task_data import TaskData, task_spec
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.tasks import TaskSpec
 from bayesian_lora.evaluation import Figures, evaluate_members, mean_and_sd
@@ -88,28 +83,6 @@ def later(
 def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
     """Of two sets of logits of one shape."""
     return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
-
-
-def evaluate_grown(
-    folder: str | Path,
-    *,
-    data_dir: Path | None = None,
-    splits: Sequence[str] | None = None,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-) -> TaskFigures:
-    """`masked_figures` of a growth's folder, on the tasks' own splits or those given.
-
-    Raises:
-        InputError: no growth there, a damaged one, or data or base model that are not to be had.
-    """
-    grown = read_columns(Path(folder))
-    tokenizer = load_tokenizer(grown.stack)
-    sets = {
-        name: evaluation_sets(task, tokenizer, data_dir, splits)
-        for name, task in grown.stack.tasks.items()
-    }
-    return masked_figures(grown, sets, device=device, progress=progress)
 
 
 def masked_figures(

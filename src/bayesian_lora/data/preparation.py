@@ -37,9 +37,8 @@ class RawData:
         return {name: part.fingerprint() for name, part in parts.items() if part is not None}
 
 
-def data_folder(given: str | None, said_as: str = "data.dir") -> Path | None:
-    """The folder of local data: as given, or the environment's BAYESIAN_LORA_DATA, or None (the
-    hub). `said_as`: what a user calls the argument.
+def data_folder(given: str | None) -> Path | None:
+    """The folder of local data: as given, or of BAYESIAN_LORA_DATA; None is the hub.
 
     Raises:
         InputError: it is not a folder.
@@ -48,7 +47,7 @@ def data_folder(given: str | None, said_as: str = "data.dir") -> Path | None:
     if not name:
         return None
     if not Path(name).is_dir():
-        origin = said_as if given else DATA_VARIABLE
+        origin = "data.dir" if given else DATA_VARIABLE
         raise InputError(f"{origin}={name!r} is not a folder; name a folder of data or unset it")
     return Path(name)
 

@@ -7,7 +7,7 @@ multiplied column by column before B. Kinds of gates, by what w depends on:
 
     adapter   nothing: w = softmax(θ/τ), one θ for the model
     layer     the layer: a θ for each (as MoLE's, Wu et al. 2024, of one block)
-    sequence  the text: a linear map of the base's pooled hidden state, from a pass without adapters
+    sequence  the text: a linear map of what the adapted layers see of it in a pass without adapters
               (X-LoRA, Buehler & Buehler 2024, has such a pass too; its map gives every layer and
               token weights of their own, here all share the text's)
     token     the layer's own input: a linear router in each (as mixture-of-experts layers have)
@@ -88,7 +88,7 @@ class Gate(nn.Module):
         chains: M.
         columns: of each of the factors' R columns its expert.
         widths: D_in of each layer.
-        hidden: D of the pooled hidden state.
+        hidden: D of the pooled state of `sequence`, else 0.
         temperature: τ > 0 the scores are divided by.
         top_k: how many experts of largest weight act, their weights made to sum to 1; None: all.
     """
