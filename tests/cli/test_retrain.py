@@ -133,4 +133,17 @@ def test_only_tasks_that_are_trained_need_training_data(
         "first": ["validation", "shifted"],
         "second": ["validation", "shifted"],
     }
-    assert asked.count("train") == 2, "one task's: its size is looked up, then it is read"
+    assert asked.count("train") == 1, "one task's, and once"
+
+
+@pytest.mark.parametrize("rest", [["retrain", "--on", "first"], ["gate"]])
+def test_a_growth_is_not_taken_for_a_stack(
+    folder: Path, capsys: pytest.CaptureFixture[str], rest: list[str]
+) -> None:
+    """Its columns were fitted on top of one another; nothing is written."""
+    (folder / "columns.json").write_text("{}")
+    with pytest.raises(SystemExit) as ended:
+        main([rest[0], str(folder), *rest[1:]])
+    assert ended.value.code == 2
+    assert "columns build on one another" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir()] == ["stack"]

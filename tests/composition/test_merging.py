@@ -17,7 +17,7 @@ from peft.tuners.lora import model as peft_lora
 from torch import Tensor
 from transformers import AutoModel
 
-from bayesian_lora.composition.merging import METHODS, compress, layers, merge, merged_update
+from bayesian_lora.composition.merging import METHODS, compress, merge, merged_update
 from bayesian_lora.composition.sources import Source, read_source
 from bayesian_lora.composition.stack import Stack
 from bayesian_lora.composition.stack_files import read_stack, write_stack
@@ -317,7 +317,7 @@ def test_equal_to_pefts_own_merging_where_that_is_right(
         expected = peft_merged(
             base, sources, combination_type=f"{method}_svd", svd_rank=rank, density=0.4
         )
-    assert len(calls) == len(expected) == len(layers(stack)) == 4
+    assert len(calls) == len(expected) == len(stack.layers) == 4
     for name, update in expected.items():
         torch.testing.assert_close(stacked_update(stack, name), update, rtol=0, atol=1e-5)
 

@@ -58,9 +58,7 @@ class validation:
     MAX_PARAMS_TAGS_PER_BATCH = 100
 
 class utils:
-    pass
-
-utils.validation = validation
+    validation = validation
 
 def search_experiments(filter_string):
     return []

@@ -101,10 +101,10 @@ def _check(adapters: Sequence[str], members: str, drift: bool) -> None:
 def _adapters(arguments: Sequence[str]) -> "list[Adapter]":
     """Stacks as they are, everything else by `read_sources`, in the order given."""
     from bayesian_lora.composition.similarity import adapter_of, adapter_of_stack
-    from bayesian_lora.composition.sources import _name_and_path, read_sources
+    from bayesian_lora.composition.sources import name_and_path, read_sources
     from bayesian_lora.composition.stack_files import is_stack, read_stack
 
-    named = [_name_and_path(text) for text in arguments]
+    named = [name_and_path(text) for text in arguments]
     others = [text for text, (_, path) in zip(arguments, named, strict=True) if not is_stack(path)]
     found = iter(read_sources(others)) if others else iter(())
     adapters: list[Adapter] = []

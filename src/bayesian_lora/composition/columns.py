@@ -150,16 +150,12 @@ def angles(stack: Stack, task: str) -> list[dict[str, Any]]:
     earlier = [part for part in stack.parts if part.columns[1] <= own.columns[0]]
     rows = []
     for part in earlier:
-        pairs = {m: _pairs(stack, m, part, own) for m in _modules(stack)}
+        pairs = {m: _pairs(stack, m, part, own) for m in stack.layers}
         each = {m: {**figures(found), "random": _random(found)} for m, found in pairs.items()}
         every = [pair for found in pairs.values() for pair in found]
         mean = {**figures(every), "random": _random(every)}
         rows.append({"against": part.name, "mean": mean, "modules": each})
     return rows
-
-
-def _modules(stack: Stack) -> list[str]:
-    return [n.removesuffix(".lora_A") for n in stack.factors if n.endswith(".lora_A")]
 
 
 def _pairs(stack: Stack, module: str, first: Part, second: Part) -> list[Pair]:

@@ -55,7 +55,7 @@ def compress(stack: Stack, rank: int) -> Stack:
     check_finite(stack.factors, "stack")
     factors: dict[str, Tensor] = {}
     error = _Error()
-    for layer in layers(stack):
+    for layer in stack.layers:
         a, b = stack.factors[f"{layer}.lora_A"], stack.factors[f"{layer}.lora_B"]
         updates = [decompose(*pair, stack.spec.scaling) for pair in zip(a, b, strict=True)]
         low = [balanced(u.left, u.values, u.right.T, rank, a.dtype) for u in updates]
@@ -118,11 +118,6 @@ def merge(
     return _merged(stack, recipe, seed, rank, progress or Progress(quiet=True))
 
 
-def layers(stack: Stack) -> list[str]:
-    """The names of the layers that have factors, sorted."""
-    return sorted(n.removesuffix(".lora_A") for n in stack.factors if n.endswith(".lora_A"))
-
-
 def balanced(
     u: Tensor, s: Tensor, vh: Tensor, rank: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -168,7 +163,7 @@ def _merged(
     import peft
 
     streams = chain_generators(seed, range(len(stack)), "dare")
-    names = layers(stack)
+    names = stack.layers
     factors: dict[str, Tensor] = {}
     error = _Error()
     progress.start("Merging", len(names))
@@ -255,7 +250,7 @@ def _relative(pair: Tensor) -> float:
 
 def _width(stack: Stack) -> int:
     """The most directions that a layer's ΔW can have, min(D_in, D_out) of the widest layer."""
-    a, b = ([stack.factors[f"{n}.lora_{f}"] for n in layers(stack)] for f in "AB")
+    a, b = ([stack.factors[f"{n}.lora_{f}"] for n in stack.layers] for f in "AB")
     return max(min(x.shape[2], y.shape[1]) for x, y in zip(a, b, strict=True))
 
 
@@ -280,7 +275,7 @@ def _check_method(method: str, density: float) -> None:
 
 def _check_trimming(stack: Stack, density: float) -> None:
     """TIES keeps ⌊density·n⌋ of a layer's n numbers, none of which would leave no adapter."""
-    for layer in layers(stack):
+    for layer in stack.layers:
         a, b = stack.factors[f"{layer}.lora_A"], stack.factors[f"{layer}.lora_B"]
         numbers = a.shape[2] * b.shape[1]
         if int(density * numbers) < 1:

@@ -106,7 +106,7 @@ def read_source(argument: str) -> Source:
     Raises:
         InputError: nothing to be read there, damaged, not LoRA, or not finite (the tensor named).
     """
-    name, path = _name_and_path(argument)
+    name, path = name_and_path(argument)
     source = _read(path)
     if name is not None:
         source = dataclasses.replace(source, name=name)
@@ -115,7 +115,7 @@ def read_source(argument: str) -> Source:
     return source
 
 
-def _name_and_path(argument: str) -> tuple[str | None, Path]:
+def name_and_path(argument: str) -> tuple[str | None, Path]:
     name, given, path = argument.partition("=")
     if os.path.exists(argument) or not given or "/" in name or os.sep in name:
         return None, Path(os.path.expanduser(argument))

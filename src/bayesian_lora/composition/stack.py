@@ -84,6 +84,11 @@ class Stack:
         """K."""
         return len(self.weights)
 
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers that have factors, sorted."""
+        return sorted(n.removesuffix(".lora_A") for n in self.factors if n.endswith(".lora_A"))
+
     def changed(self, **fields: Any) -> "Stack":
         """Another stack with these fields in place of its own."""
         return dataclasses.replace(self, **fields)

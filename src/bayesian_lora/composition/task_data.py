@@ -7,6 +7,7 @@ from typing import Any
 
 from bayesian_lora.composition.stack import StackTask
 from bayesian_lora.data.batching import TokenisedSet
+from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.glue_datasets import get_task, load_split
 from bayesian_lora.data.preparation import load_train
 from bayesian_lora.data.tasks import TaskSpec
@@ -73,23 +74,43 @@ def load_task_data(
     Raises:
         InputError: a regression (composition trains classifications only), or as `load_train`.
     """
-    spec = task_spec(task)
-    if spec.likelihood != "categorical":
-        raise InputError(
-            f"task {task.name!r} is a regression; stacks are trained and gated on classifications"
-        )
     train, held_out = load_train(
-        spec,
+        trainable_spec(task),
         data_dir=data_dir,
         train_examples=train_examples,
         validation_share=validation_share,
         seed=seed,
     )
     assert held_out is not None
+    return tokenised(task, train, held_out, tokenizer, evaluation_sets(task, tokenizer, data_dir))
+
+
+def trainable_spec(task: StackTask) -> TaskSpec:
+    """As `task_spec`, of a task that stacks are trained on.
+
+    Raises:
+        InputError: as `task_spec`, or a regression.
+    """
+    spec = task_spec(task)
+    if spec.likelihood != "categorical":
+        raise InputError(
+            f"task {task.name!r} is a regression; stacks are trained and gated on classifications"
+        )
+    return spec
+
+
+def tokenised(
+    task: StackTask,
+    train: Examples,
+    held_out: Examples,
+    tokenizer: Any,
+    evaluation: Mapping[str, TokenisedSet],
+) -> TaskData:
+    """A task's data from its examples."""
     cache = default_folder()
     return TaskData(
-        spec,
+        task_spec(task),
         TokenisedSet(train, tokenizer, task.max_length, cache),
         TokenisedSet(held_out, tokenizer, task.max_length, cache),
-        evaluation_sets(task, tokenizer, data_dir),
+        evaluation,
     )

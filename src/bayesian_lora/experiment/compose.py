@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bayesian_lora.composition.column_files import is_grown
 from bayesian_lora.composition.fit import Recipe
 from bayesian_lora.composition.fitting import fit_weights, reweighted
 from bayesian_lora.composition.retrain import Variant, check_variants
@@ -16,6 +17,7 @@ from bayesian_lora.composition.stack_model import load_tokenizer
 from bayesian_lora.composition.task_data import TaskData, task_spec
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.token_cache import default_folder
+from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.building import resolve_device
 from bayesian_lora.experiment.run_metrics import EPOCH
 from bayesian_lora.experiment.task_sets import (
@@ -63,6 +65,20 @@ class Training:
         return data, {name: sets[name] for name in stack.tasks}
 
 
+def read_ordinary(source: str) -> Stack:
+    """A stack whose parts act side by side, to be trained further or gated.
+
+    Raises:
+        InputError: no stack there, or a growth: its columns were fitted on top of earlier ones.
+    """
+    if is_grown(Path(source)):
+        raise InputError(
+            f"{source}: a sequential growth, whose columns build on one another; stack its tasks' "
+            "folders (tasks/…) instead"
+        )
+    return read_stack(Path(source))
+
+
 def free_folder(out: str | None, default: str) -> Path:
     """The folder to write to.
 
@@ -91,7 +107,7 @@ def retrain_folder(
         InputError: as `retrain`, no stack at `source`, or `out` holds something.
     """
     progress = progress or Progress()
-    before = read_stack(Path(source))
+    before = read_ordinary(source)
     variant = Variant("stack", tuple(tasks), part, mixing, orthogonality, distillation)
     check_variants(before, [variant])
     folder = free_folder(out, f"{source.rstrip('/')}-on-{'-'.join(tasks)}")
@@ -128,7 +144,7 @@ def fitted_on(
     tokenizer, cache = load_tokenizer(stack), default_folder()
     sets = {
         name: TokenisedSet(own, tokenizer, stack.tasks[name].max_length, cache)
-        for name, own in few.items()
+        for name, (own, _) in few.items()
     }
     fitted = fit_weights(stack, sets, device=place, progress=progress)
     progress.say(

@@ -15,11 +15,11 @@ from bayesian_lora.composition.gate_files import (
 )
 from bayesian_lora.composition.gate_report import evaluate_gate, table
 from bayesian_lora.composition.gates import Gated, GateOptions, train_gate
-from bayesian_lora.composition.stack_files import is_stack, read_extra, read_stack
+from bayesian_lora.composition.stack_files import is_stack, read_extra
 from bayesian_lora.composition.task_data import task_spec
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.experiment.building import resolve_device
-from bayesian_lora.experiment.compose import Training, free_folder, write_history
+from bayesian_lora.experiment.compose import Training, free_folder, read_ordinary, write_history
 from bayesian_lora.experiment.task_sets import load_sets
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import write_json
@@ -41,7 +41,7 @@ def gate_folder(
         InputError: as `train_gate`, no stack at `source`, or `out` holds something.
     """
     progress = progress or Progress()
-    stack = read_stack(Path(source))
+    stack = read_ordinary(source)
     folder = free_folder(out, f"{source.rstrip('/')}-gated")
     experts_of(stack, options.top_k)
     recipe, device = training.recipe(), resolve_device(training.device)

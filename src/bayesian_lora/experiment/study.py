@@ -23,7 +23,6 @@ from bayesian_lora.experiment.study_steps import Context, Step, plan_steps
 from bayesian_lora.progress import Progress
 from bayesian_lora.report import observations, page
 from bayesian_lora.run_folder import git_commit, versions
-from bayesian_lora.samplers.failures import Diverged
 from bayesian_lora.utils.files import read_json, write_json
 from bayesian_lora.utils.lock import locked
 
@@ -184,7 +183,7 @@ class Runner:
         self._write_step(step.name)
         try:
             figures = _plain(step.make(self.context, folder))
-        except (InputError, Diverged) as error:
+        except InputError as error:
             entry |= {"status": "failed", "error": str(error)}
             self.progress.say(f"{title} failed: {error}")
         else:

@@ -18,7 +18,7 @@ from bayesian_lora.composition.stack_evaluation import (
 )
 from bayesian_lora.composition.stack_files import read_stack
 from bayesian_lora.composition.stack_model import load_tokenizer
-from bayesian_lora.composition.task_data import TaskData, task_spec
+from bayesian_lora.composition.task_data import TaskData, task_spec, tokenised
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import stratified_subset
 from bayesian_lora.data.glue_datasets import load_split
@@ -131,11 +131,8 @@ class Context:
             assert held_out is not None
             if recipe.train_examples is not None and recipe.train_examples < len(train):
                 train = stratified_subset(train, recipe.train_examples, self.seed)
-            sets = [
-                TokenisedSet(part, self.tokenizer(stack), task.max_length, default_folder())
-                for part in (train, held_out)
-            ]
-            self._data[key] = TaskData(spec, sets[0], sets[1], self._evaluation(task, stack))
+            evaluation = self._evaluation(task, stack)
+            self._data[key] = tokenised(task, train, held_out, self.tokenizer(stack), evaluation)
         return self._data[key]
 
     def evaluate(self, stack: Stack, tasks: Sequence[str] | None = None) -> TaskFigures:

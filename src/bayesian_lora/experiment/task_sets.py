@@ -7,8 +7,9 @@ from bayesian_lora.composition.stack import Stack, StackTask
 from bayesian_lora.composition.task_data import (
     TaskData,
     evaluation_sets,
-    load_task_data,
     task_spec,
+    tokenised,
+    trainable_spec,
 )
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
@@ -46,9 +47,10 @@ def raw_training(
     *,
     said_as: str = "examples",
     held_out: float = HELD_OUT,
-) -> dict[str, Examples]:
-    """What each task is trained on, before any of it is tokenised; `said_as`: what a user calls
-    `count`.
+) -> dict[str, tuple[Examples, Examples | None]]:
+    """What each task is trained on and what is held out of it, before any of it is tokenised.
+
+    `said_as`: what a user calls `count`.
 
     Raises:
         InputError: the first task that cannot be had, or has not `count` examples.
@@ -56,8 +58,8 @@ def raw_training(
     found = {}
     for name, task in tasks.items():
         try:
-            found[name], _ = load_train(
-                task_spec(task),
+            found[name] = load_train(
+                trainable_spec(task),
                 data_dir=folder,
                 train_examples=count,
                 validation_share=held_out,
@@ -79,24 +81,19 @@ def training_sets(
     """Of each task what is trained on, held out and evaluated.
 
     Raises:
-        InputError: as `raw_training` and `load_task_data`; sizes before anything is tokenised.
+        InputError: as `raw_training`; sizes before anything is tokenised.
     """
     from transformers import AutoTokenizer
 
-    if count is not None:
-        raw_training(tasks, folder, count, seed)
+    raw = raw_training(tasks, folder, count, seed)
     tokenizer = load_pretrained(AutoTokenizer, source)
-    return {
-        name: load_task_data(
-            task,
-            tokenizer,
-            data_dir=folder,
-            train_examples=count,
-            validation_share=HELD_OUT,
-            seed=seed,
-        )
-        for name, task in tasks.items()
-    }
+    found = {}
+    for name, task in tasks.items():
+        train, held_out = raw[name]
+        assert held_out is not None
+        evaluation = evaluation_sets(task, tokenizer, folder)
+        found[name] = tokenised(task, train, held_out, tokenizer, evaluation)
+    return found
 
 
 def load_sets(
