@@ -42,7 +42,7 @@ def test_training_sets_are_what_was_asked_for(tiny_models: dict[str, Path]) -> N
     for name, own in found.items():
         assert (len(own.train), len(own.validation)) == (36, 4)
         assert list(own.evaluation) == ["validation", "shifted"]
-        texts = raw_training({name: TASKS[name]}, None, 40, 0)[name].texts
+        texts = raw_training({name: TASKS[name]}, None, 40, 0)[name][0].texts
         assert own.train.examples.texts == texts
     whole = raw_training(TASKS, None, 40, 0, held_out=0.0)
-    assert {name: len(own) for name, own in whole.items()} == {"one": 40, "two": 40}
+    assert {name: len(own) for name, (own, _) in whole.items()} == {"one": 40, "two": 40}
