@@ -52,7 +52,7 @@ def test_a_stack_is_trained_measured_and_written(
     moved = [n for n, t in after.factors.items() if not t.equal(before.factors[n])]
     assert len(moved) == len(before.factors)
     assert all(t.equal(before.heads["second"][n]) for n, t in after.heads["second"].items())
-    figures = json.loads((out / "stack.json").read_text())["figures"]
+    figures = json.loads((out / "retrain_metrics.json").read_text())
     assert figures["after"]["first"]["validation"]["nll"] > 0
     assert figures["before"]["first"] != figures["after"]["first"]
     with (out / "metrics.csv").open(encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def test_only_tasks_that_are_trained_need_training_data(
     options = ("--on", "second", *QUICK, "--distillation", "1", "--out", str(tmp_path / "out"))
     assert command(str(folder), *options) == 0
     assert asked.count("validation") == 2
-    figures = json.loads((tmp_path / "out" / "stack.json").read_text())["figures"]["after"]
+    figures = json.loads((tmp_path / "out" / "retrain_metrics.json").read_text())["after"]
     assert {task: list(splits) for task, splits in figures.items()} == {
         "first": ["validation", "shifted"],
         "second": ["validation", "shifted"],

@@ -78,10 +78,13 @@ def test_figures_are_those_of_the_definitions(tiny_models: dict[str, Path]) -> N
     mixture = figures["mixture"]
     assert mixture["accuracy"] == pytest.approx(np.concatenate(rights).mean())
     assert mixture["nll"] == pytest.approx(np.concatenate(losses).mean(), rel=1e-5)
+    each = figures["mean_over_tasks"]
+    assert each["accuracy"] == pytest.approx(np.mean([right.mean() for right in rights]))
+    assert each["nll"] == pytest.approx(np.mean([loss.mean() for loss in losses]), rel=1e-5)
     assert figures["gate"]["task_entropy"] == pytest.approx(np.concatenate(gates).mean(), rel=1e-4)
     assert figures["uncertainty"]["mutual_information"] > 1e-4
     lines = "\n".join(table(figures))
-    assert all(word in lines for word in ("long", "third", "mixture", "other", "risk–coverage"))
+    assert all(word in lines for word in ("long", "third", "mixture", "mean of", "other", "risk–"))
 
 
 def test_information_over_all_tasks_is_the_gate_s_entropy_and_what_is_within(

@@ -68,7 +68,8 @@ def gate(
 
     Evaluated is the mixture of the tasks' default splits: accuracy of the task the gate names, of
     task and label, and, beside it, of the label given the true task. Stack and gate are written
-    into one folder, each member of an ensemble with a gate of its own.
+    into one folder, each member of an ensemble with a gate of its own. Give --examples and --seed
+    of the adapters' own runs, so that the tenth held out here is one the adapters have not seen.
     """
     if evaluate:
         others = (name for name in context.params if name not in WITH_EVAL)

@@ -54,7 +54,9 @@ def retrain(
     """Train a stack further on one or several of its tasks; both ends are measured on all tasks.
 
     A tenth of each task's training examples is held out: it decides on the learning rate and on
-    the epoch that is kept. Heads of tasks that are not trained on stay as they are.
+    the epoch that is kept. With the --examples and --seed of the adapters' own runs
+    (data.train_examples, seed; a tenth held out there too) these are examples that the adapters
+    have not seen. Heads of tasks that are not trained on stay as they are.
     """
     from bayesian_lora.experiment.compose import Training, retrain_folder
 

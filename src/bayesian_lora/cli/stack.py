@@ -43,7 +43,7 @@ MembersHelp = (
     "default."
 )
 RankHelp = "Cut the result to this rank by SVD; the error made is shown."
-FitHelp = "Fit the weights on this many training examples of each task (--data-dir, --device)."
+FitHelp = "Fit the weights on this many training examples a task, which the adapters may have seen."
 
 
 @in_options

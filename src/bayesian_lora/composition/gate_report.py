@@ -44,8 +44,8 @@ def evaluate_gate(
         own: metrics of a task's own, such as ``("mcc",)``.
 
     Returns:
-        ``tasks`` {task: figures}, ``mixture``, ``experts``, ``gate``, ``uncertainty``,
-        ``abstention``; JSON-able.
+        ``tasks`` {task: figures}, ``mixture`` (every example counts alike), ``mean_over_tasks``
+        (every task does), ``experts``, ``gate``, ``uncertainty``, ``abstention``; JSON-able.
     Raises:
         InputError: a task without a set.
     """
@@ -77,6 +77,7 @@ def evaluate_gate(
     }
     within = within_tasks(model, data)
     told = entropy(by_task) + sum(by_task[..., t] * own_i for t, own_i in within.items())
+    figures["mean_over_tasks"] = _mean_over_tasks(figures["tasks"])
     figures["experts"]["mutual_information"] = float((weights @ told).mean())
     for t, task in enumerate(model.slices):
         if t in within:
@@ -121,6 +122,11 @@ def _task_figures(
         "given_task": evaluate(own, False, given),
         "load": _load(found, weights, names, rows),
     }
+
+
+def _mean_over_tasks(tasks: Mapping[str, Figures]) -> Figures:
+    names = {"accuracy": "joint_accuracy", "nll": "joint_nll", "gate_accuracy": "gate_accuracy"}
+    return {n: float(np.mean([own[of] for own in tasks.values()])) for n, of in names.items()}
 
 
 def _own_of_joint(guessed: np.ndarray, labels: np.ndarray, own: tuple[str, ...]) -> Figures:
@@ -242,9 +248,10 @@ def table(figures: Figures) -> list[str]:
         given = own["given_task"]
         row = (own["gate_accuracy"], own["joint_accuracy"], given["accuracy"])
         rows.append([task, *map(_digits, (*row, own["joint_nll"], given["nll"]))])
-    mixture = figures["mixture"]
-    row = (mixture["gate_accuracy"], mixture["accuracy"], None, mixture["nll"])
-    rows.append(["mixture", *map(_digits, row)])
+    for title, name in (("mixture", "mixture"), ("mean of tasks", "mean_over_tasks")):
+        of = figures[name]
+        row = (of["gate_accuracy"], of["accuracy"], None, of["nll"])
+        rows.append([title, *map(_digits, row)])
     lines = [*aligned(rows), "", "Experts' mean weight (share of texts it leads):"]
     for task, own in figures["tasks"].items():
         cells = [f"{n} {x['weight']:.2f} ({x['top']:.0%})" for n, x in own["load"].items()]

@@ -11,7 +11,7 @@ from bayesian_lora.composition.fitting import fit_weights, reweighted
 from bayesian_lora.composition.retrain import Variant, check_variants
 from bayesian_lora.composition.retrain import retrain as fit_variants
 from bayesian_lora.composition.stack import Stack
-from bayesian_lora.composition.stack_evaluation import evaluate_stack, table
+from bayesian_lora.composition.stack_evaluation import TaskFigures, evaluate_stack, table
 from bayesian_lora.composition.stack_files import check_free, read_stack, write_stack
 from bayesian_lora.composition.stack_model import load_tokenizer
 from bayesian_lora.composition.task_data import TaskData, task_spec
@@ -28,8 +28,10 @@ from bayesian_lora.experiment.task_sets import (
     training_sets,
 )
 from bayesian_lora.progress import Progress
+from bayesian_lora.utils.files import write_json
 from bayesian_lora.utils.metrics_log import MetricsLog
 
+METRICS_FILE = "retrain_metrics.json"
 HISTORY = ("chain", *EPOCH, "val/loss", "val/acc")
 
 
@@ -101,7 +103,7 @@ def retrain_folder(
     training: Training,
     progress: Progress | None = None,
 ) -> Path:
-    """Read a stack, train it, measure both, write the trained one; its folder.
+    """Read a stack, train it, write it, measure both; the new folder.
 
     Raises:
         InputError: as `retrain`, no stack at `source`, or `out` holds something.
@@ -114,17 +116,22 @@ def retrain_folder(
     recipe, device = training.recipe(), resolve_device(training.device)
     progress.say(f"Training the stack of {source} on {', '.join(tasks)}")
     data, sets = training.data(before, tasks, progress)
+
+    def measure(when: str, stack: Stack) -> TaskFigures:
+        figures = evaluate_stack(stack, sets, device=device, progress=progress)
+        progress.say(f"\n{when}:")
+        for line in table(figures):
+            progress.say(line)
+        return figures
+
+    figures = {"before": measure("Before", before)}
     found = fit_variants(
         before, data, [variant], recipe, seed=training.seed, progress=progress, device=device
     )[variant.name]
-    figures = {}
-    for when, one in (("before", before), ("after", found.stack)):
-        figures[when] = evaluate_stack(one, sets, device=device, progress=progress)
-        progress.say(f"\n{when.capitalize()}:")
-        for line in table(figures[when]):
-            progress.say(line)
-    write_stack(folder, found.stack, {"figures": figures})
+    write_stack(folder, found.stack)  # before it is measured: an interrupt leaves the fit
     write_history(folder, found.report.history)
+    figures["after"] = measure("After", found.stack)
+    write_json(folder / METRICS_FILE, figures)
     progress.say(f"\nWritten: {folder}\nEvaluate it: bayesian-lora eval {folder}")
     return folder
 
