@@ -16,8 +16,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bayesian_lora.errors import InputError
+from bayesian_lora.scores.array_checks import (
+    Array,
+    checked_gaussians,
+    checked_labels,
+    checked_targets,
+    checked_weights,
+    finite,
+    shaped,
+)
 
-Array = NDArray[np.float64]
 Figures = dict[str, float | str | None]
 
 ECE_BINS = 15
@@ -28,7 +36,7 @@ REGRESSION_OWN = ("pearson", "spearman")
 
 def softmax(logits: ArrayLike) -> Array:
     """Probabilities (…, C) of `logits` (…, C). Raises InputError on a non-finite logit."""
-    return np.exp(_log_softmax(_finite("logits", logits)))
+    return np.exp(_log_softmax(finite("logits", logits)))
 
 
 def ensemble_log_probs(logits: ArrayLike, weights: ArrayLike) -> Array:
@@ -37,8 +45,8 @@ def ensemble_log_probs(logits: ArrayLike, weights: ArrayLike) -> Array:
     The mean is of probabilities, never of logits; log-sum-exp keeps the smallest from underflow.
     Weights are normalised to sum to 1. Raises InputError on wrong shapes or values.
     """
-    x = _shaped("logits", logits, 3, "(K, N, C)")
-    return _log_mean(_log_softmax(x), _weights(weights, len(x)))
+    x = shaped("logits", logits, 3, "(K, N, C)")
+    return _log_mean(_log_softmax(x), checked_weights(weights, len(x)))
 
 
 def ensemble_probs(logits: ArrayLike, weights: ArrayLike) -> Array:
@@ -60,8 +68,8 @@ def classification_metrics(
 
     Raises InputError on non-finite or unnormalised input, no examples, or a label out of range.
     """
-    logp = _shaped("log_probs", log_probs, 2, "(N, C)")
-    y = _labels(labels, *logp.shape)
+    logp = shaped("log_probs", log_probs, 2, "(N, C)")
+    y = checked_labels(labels, *logp.shape)
     excess = float(np.abs(np.logaddexp.reduce(logp, axis=1)).max())
     if excess > 1e-5:
         raise InputError(
@@ -102,29 +110,27 @@ def regression_metrics(
     the others judge the weighted mean prediction. accuracy, ece and brier are None.
     Raises InputError on wrong shapes, non-finite values, no examples or a noise_std not above 0.
     """
-    m = _shaped("means", means, 2, "(K, N)")
-    w = _weights(weights, len(m))
-    s = _shaped("noise_std", noise_std, 1, "(K,)")
-    y = _shaped("labels", labels, 1, "(N,)")
-    if s.shape != w.shape or y.shape != m.shape[1:]:
-        raise InputError(
-            f"noise_std {s.shape} and labels {y.shape} do not fit means {m.shape}: "
-            "give one noise_std a member and one label an example"
-        )
-    if s.min() <= 0:
-        raise InputError(f"noise_std {s.min():g} is not above 0: give the likelihood's deviation")
+    m, s, w = checked_gaussians(means, noise_std, weights)
+    y = checked_targets(labels, m)
     _known(own, REGRESSION_OWN)
-    log_density = -0.5 * ((y - m) / s[:, None]) ** 2 - np.log(s * np.sqrt(2 * np.pi))[:, None]
     figures: Figures = {}
     for name in ("accuracy", "ece", "brier"):
         _put(figures, name, (None, "a regression has no classes"))
     mean = w @ m
-    figures["nll"] = float(-_log_mean(log_density, w).mean())
+    figures["nll"] = float(-_log_density(m, s, w, y).mean())
     figures["rmse"] = float(np.sqrt(((mean - y) ** 2).mean()))
     parts = {"pearson": _correlation, "spearman": _rank_correlation}
     for name in own:
         _put(figures, name, parts[name](mean, y))
     return figures
+
+
+def mixture_log_density(
+    means: ArrayLike, noise_std: ArrayLike, weights: ArrayLike, labels: ArrayLike
+) -> Array:
+    """log Σ_k w_k N(y_i; m_ki, s_k²) in nats, (N,). Arguments and errors: `regression_metrics`."""
+    m, s, w = checked_gaussians(means, noise_std, weights)
+    return _log_density(m, s, w, checked_targets(labels, m))
 
 
 def temperature_scale(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -136,8 +142,8 @@ def temperature_scale(logits: ArrayLike, labels: ArrayLike) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    x = _shaped("logits", logits, 2, "(N, C)")
-    y = _labels(labels, *x.shape)
+    x = shaped("logits", logits, 2, "(N, C)")
+    y = checked_labels(labels, *x.shape)
 
     def nll(log_t: float) -> float:
         return float(-_log_softmax(x / np.exp(log_t))[np.arange(len(y)), y].mean())
@@ -153,8 +159,8 @@ def uncertainty_per_example(logits: ArrayLike, weights: ArrayLike) -> dict[str, 
     predictive_entropy H[Σ_k w_k p_k] = expected_entropy Σ_k w_k H[p_k] + mutual_information, the
     last being what the members disagree on (Depeweg et al. 2018; 0 for a single member).
     """
-    x = _shaped("logits", logits, 3, "(K, N, C)")
-    w = _weights(weights, len(x))
+    x = shaped("logits", logits, 3, "(K, N, C)")
+    w = checked_weights(weights, len(x))
     logp = _log_softmax(x)
     predictive = _entropy(_log_mean(logp, w))
     expected = w @ _entropy(logp)
@@ -191,6 +197,11 @@ def _log_mean(log_values: Array, weights: Array) -> Array:
     with np.errstate(divide="ignore"):
         log_w = np.log(weights).reshape(-1, *[1] * (log_values.ndim - 1))
     return np.logaddexp.reduce(log_values + log_w, axis=0)
+
+
+def _log_density(m: Array, s: Array, w: Array, y: Array) -> Array:
+    density = -0.5 * ((y - m) / s[:, None]) ** 2 - np.log(s * np.sqrt(2 * np.pi))[:, None]
+    return _log_mean(density, w)
 
 
 def _entropy(log_p: Array) -> Array:
@@ -244,44 +255,3 @@ def _put(figures: Figures, name: str, part: Part) -> None:
 def _known(own: tuple[str, ...], known: tuple[str, ...]) -> None:
     if unknown := [name for name in own if name not in known]:
         raise InputError(f"metric {unknown[0]!r} is not one of {', '.join(known)}: choose of these")
-
-
-def _finite(name: str, values: ArrayLike) -> Array:
-    x = np.asarray(values, dtype=np.float64)
-    if not (ok := np.isfinite(x)).all():
-        first = tuple(int(i) for i in np.argwhere(~ok)[0])
-        raise InputError(
-            f"{name}: {int((~ok).sum())} of {x.size} values are not finite, the first at {first}; "
-            "leave out the diverged members or lower the step size"
-        )
-    return x
-
-
-def _shaped(name: str, values: ArrayLike, ndim: int, letters: str) -> Array:
-    x = _finite(name, values)
-    if x.ndim != ndim or x.size == 0:
-        raise InputError(f"{name} has shape {x.shape}: give {letters}, none of them 0")
-    return x
-
-
-def _weights(weights: ArrayLike, members: int) -> Array:
-    w = _finite("weights", weights)
-    if w.shape != (members,) or (w < 0).any() or w.sum() <= 0:
-        raise InputError(
-            f"weights of shape {w.shape}, sum {w.sum():g}: give {members} of them, one a member, "
-            "none negative and not all 0"
-        )
-    return w / w.sum()
-
-
-def _labels(labels: ArrayLike, examples: int, classes: int) -> NDArray[np.int64]:
-    y = np.asarray(labels)
-    if y.shape != (examples,) or not np.issubdtype(y.dtype, np.integer):
-        raise InputError(f"labels {y.dtype}{y.shape}: give {examples} integers, one an example")
-    if (wrong := (y < 0) | (y >= classes)).any():
-        first = int(np.flatnonzero(wrong)[0])
-        raise InputError(
-            f"labels: {int(wrong.sum())} of {examples} are outside 0..{classes - 1}, the first "
-            f"({int(y[first])}) at {first}; use a labelled split, or a model with enough classes"
-        )
-    return y.astype(np.int64)

@@ -1,0 +1,1 @@
+"""Long runs watched in constant memory."""

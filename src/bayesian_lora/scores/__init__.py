@@ -1,0 +1,1 @@
+"""Figures of merit and their errors, from arrays alone."""
