@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bayesian_lora.config import build_config, dump_run_config
-from bayesian_lora.ensemble import Ensemble, map_ensemble
+from bayesian_lora.ensemble import Ensemble, map_ensemble, other_starts, why_no_other_starts
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment import compare, resume
 from bayesian_lora.experiment.cells import make_plan
-from bayesian_lora.manifest import MANIFEST, Provenance, write_manifest
+from bayesian_lora.manifest import MANIFEST, Alternatives, Provenance, write_manifest
 from bayesian_lora.member_files import MemberRecord, MemberWriter
 from bayesian_lora.models.hf_lora import LoraSpec
 from bayesian_lora.models.peft_io import CONFIG_FILE, adapter_config, read_spec
@@ -73,7 +73,8 @@ def ensemble_file(root: Path) -> tuple[Path, Reader]:
     records = [
         dataclasses.replace(r, path=f"{w.root.name}/{r.path}") for w in parts for r in w.records
     ]
-    write_manifest(root, HEAD, records, records[:1])
+    others = Alternatives("early_stopped", {"last": records[1:2]}, "none")
+    write_manifest(root, HEAD, records, records[:1], others)
 
     def read() -> None:
         ensemble = Ensemble.load(root)
@@ -81,6 +82,8 @@ def ensemble_file(root: Path) -> tuple[Path, Reader]:
         assert all(torch.isfinite(x).all() for x in ensemble.state().values())
         assert 0 < ensemble.provenance.spec.scaling < np.inf
         map_ensemble(root)
+        other_starts(root)
+        why_no_other_starts(root)
 
     return root / MANIFEST, read
 

@@ -169,7 +169,7 @@ def test_mixed_needs_overdispersed_starts():
 
 def test_quantities_hold_every_figure():
     x = good()
-    row = summarise({"q": x})["quantities"]["q"]
+    row = summarise({"q": x}, {"q": WIDE})["quantities"]["q"]
     assert row == {
         "rhat": rhat(x).value,
         "ess_bulk": ess_bulk(x).value,
@@ -177,7 +177,15 @@ def test_quantities_hold_every_figure():
         "mcse": mcse_mean(x).value,
         "mean": pytest.approx(x.mean()),
         "sd": pytest.approx(x.std(ddof=1)),
+        "start_dispersion": start_dispersion(WIDE, x).value,
     }
+    unknown = summarise({"q": x})["quantities"]["q"]
+    assert unknown["start_dispersion"] is None
+    assert unknown["start_dispersion_reason"] == "no starts were recorded"
+    given = summarise({"q": x, "r": 2 * x}, {"q": WIDE, "r": 6 * WIDE})
+    spreads = [given["quantities"][name]["start_dispersion"] for name in "qr"]
+    assert spreads[1] == pytest.approx(3 * spreads[0])
+    assert given["start_dispersion"] == pytest.approx(sum(spreads) / 2)
 
 
 @pytest.mark.parametrize(

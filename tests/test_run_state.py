@@ -60,6 +60,7 @@ class Run:
             lr=0.02,
             validation=self.sets[1],
             early_stopping=True,
+            both=True,
             patience=2,
             dropout=streams.dropout,
         )

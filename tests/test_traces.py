@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from bayesian_lora import traces as traces_module
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.synthetic import generate
@@ -18,7 +19,7 @@ from bayesian_lora.models.chain_lora import ChainLora
 from bayesian_lora.models.hf_lora import build_huggingface_lora_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.posterior import LikelihoodName
-from bayesian_lora.traces import PROJECTIONS, Traces, delta_w_norm
+from bayesian_lora.traces import COORDINATES, PROJECTIONS, RAW, Traces, delta_w_norm
 
 CHAINS, EXAMPLES, PROBE, SUBSET = 2, 24, np.array([5, 0, 11]), np.arange(10)
 STD, HEAD_STD = 0.4, 0.9
@@ -89,18 +90,52 @@ def test_projections_are_those_of_the_dense_matrices(traces: Traces):
         np.testing.assert_allclose(row[f"delta_w_projection[{j}]"], expected[:, j], rtol=1e-9)
 
 
+def test_raw_figures_are_the_norm_and_fixed_coordinates(traces: Traces):
+    """Found again by moving one parameter of one chain at a time."""
+    row, state = traces.measure(), traces.objective.model.chain_parameters()
+    assert [name for name in row if name.startswith(RAW)] == [
+        "raw[norm]",
+        *(f"raw[{j}]" for j in range(COORDINATES)),
+    ]
+    flat = torch.cat([p.detach().flatten(1) for p in state.values()], dim=1)
+    np.testing.assert_allclose(row["raw[norm]"], flat.norm(dim=1), rtol=1e-12)
+    assert len(set(traces.coordinates)) == COORDINATES
+    for j, (name, i) in enumerate(traces.coordinates):
+        before = traces.measure()
+        with torch.no_grad():
+            state[name][1].view(-1)[i] += 0.5
+        after = traces.measure()
+        moved = {n for n in after if n.startswith(RAW) and (after[n] != before[n]).any()}
+        assert moved == {"raw[norm]", f"raw[{j}]"}
+        assert (after[f"raw[{j}]"] - before[f"raw[{j}]"]).tolist() == pytest.approx([0, 0.5])
+
+
+def test_coordinates_are_drawn_from_all_tensors():
+    """In proportion to their sizes, each place of each within it."""
+    state = {"a": torch.zeros(2, 3, 5), "b": torch.zeros(2, 1), "c": torch.zeros(2, 24)}
+    drawn = [pair for seed in range(300) for pair in traces_module._coordinates(state, seed)]
+    counts = {name: sum(pair[0] == name for pair in drawn) / len(drawn) for name in state}
+    assert counts == pytest.approx({"a": 15 / 40, "b": 1 / 40, "c": 24 / 40}, abs=0.05)
+    assert {i for name, i in drawn if name == "a"} == set(range(15))
+    assert {i for name, i in drawn if name == "b"} == {0}
+    assert traces_module._coordinates({"b": torch.zeros(2, 1)}, 0) == [("b", 0)]
+
+
 def test_projections_are_fixed_by_their_seed(traces: Traces, tiny_models: dict[str, Path]):
     again = traces_of(tiny_models["bert"])
     state = torch.random.get_rng_state()
     for name, (left, right) in traces.directions.items():
         assert torch.equal(left, again.directions[name][0])
         assert torch.equal(right, again.directions[name][1])
+    assert traces.coordinates == again.coordinates
     traces.measure()
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_likelihood_and_delta_w_do_not_depend_on_the_gauge(traces: Traces):
-    """(BG, G⁻¹A) is the same function: all stays but the prior's part of the log-posterior."""
+    """(BG, G⁻¹A) is the same function: all stays but the prior's part of the log-posterior and
+    the parameters themselves, which are recorded for display alone.
+    """
     before = traces.measure()
     rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -112,9 +147,10 @@ def test_likelihood_and_delta_w_do_not_depend_on_the_gauge(traces: Traces):
     after = traces.measure()
     assert before.keys() == after.keys()
     for name in before:
-        if name != "log_posterior":
+        if name != "log_posterior" and not name.startswith(RAW):
             np.testing.assert_allclose(after[name], before[name], rtol=1e-9, err_msg=name)
-    assert (np.abs(after["log_posterior"] - before["log_posterior"]) > 1e-3).all()
+    for name in ("log_posterior", "raw[norm]"):
+        assert (np.abs(after[name] - before[name]) > 1e-3).all()
 
 
 def test_classification_by_hand(traces: Traces):

@@ -155,6 +155,79 @@ def test_without_early_stopping_the_last_epoch_counts(set_up: SetUp):
     assert_close(fit.tensors, last[-1], 0)
 
 
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_the_other_epochs_fits_are_held_too(
+    early_stopping: bool, set_up: SetUp, monkeypatch: pytest.MonkeyPatch
+):
+    """The last epoch's and each chain's best: the same two, whichever of them counts."""
+    fit = set_up([0, 1], epochs=4, early_stopping=early_stopping, both=True)
+    script_scores(fit, [[0.9, 0.5], [0.4, 0.6], [0.7, 0.6], [0.7, 0.6]], monkeypatch)
+    ends: list[dict[str, Tensor]] = []
+    fit.run(lambda report: ends.append(fit.tensors) if report.step % PER_EPOCH == 0 else None)
+    best = {n: torch.stack([ends[1][n][0], ends[0][n][1]]) for n in ends[0]}
+    other = fit.warm.other
+    assert other is not None
+    own, held = (best, ends[3]) if early_stopping else (ends[3], best)
+    assert_close(fit.tensors, own, 0)
+    assert_close(other.tensors, held, 0)
+    steps = {"early_stopped": [2 * PER_EPOCH, PER_EPOCH], "last": [4 * PER_EPOCH] * 2}
+    assert {other.kind, fit.warm.kind} == set(steps)
+    assert other.steps == steps[other.kind]
+    assert fit.warm.steps == steps[fit.warm.kind]
+
+
+def test_there_is_no_other_fit_without_a_held_out_set_or_without_being_asked(set_up: SetUp):
+    for options in ({"both": True, "validate": False}, {"early_stopping": True}):
+        fit = set_up([0, 1], epochs=2, **options).run()
+        assert fit.warm.other is None
+        assert not fit.warm.kept.last, "no copy is held that nobody asked for"
+    assert fit.warm.steps == ((fit.warm.best_epoch + 1) * PER_EPOCH).tolist()
+
+
+@pytest.mark.parametrize("options", [{"early_stopping": True, "patience": 1}, {}])
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_other_fit_of_a_chain_is_that_of_the_chain_alone(
+    options: dict[str, Any], regression: bool, set_up: SetUp
+):
+    """Also the last epoch of a chain that is out of patience while others go on."""
+    options = {"both": True, "epochs": 5, "lr": 0.05, "regression": regression, **options}
+    together = set_up([0, 1, 2], **options).run().warm.other
+    assert together is not None
+    for m in range(3):
+        alone = set_up([m], **options).run().warm.other
+        assert alone is not None
+        assert alone.steps == together.steps[m : m + 1]
+        assert_close(alone.tensors, {n: t[m : m + 1] for n, t in together.tensors.items()}, 1e-10)
+
+
+def test_every_fit_has_noise_scales_of_its_own_residuals(set_up: SetUp):
+    fit = set_up([0, 1], regression=True, both=True, epochs=4).run()
+    objective, validation, other = fit.warm.objective, fit.warm.validation, fit.warm.other
+    assert validation is not None
+    assert other is not None
+    objective.model.load_chains({n: t for n, t in other.tensors.items() if n != "log_noise"})
+    expected = rms_residual(objective, validation)
+    assert other.tensors["log_noise"].exp().tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_a_state_saved_when_all_is_over_has_both_fits(early_stopping: bool, set_up: SetUp):
+    """The model's tensors may be the best ones by then: finishing again changes nothing."""
+    options: dict[str, Any] = {"both": True, "early_stopping": early_stopping, "lr": 0.05}
+    fit = set_up([0, 1], **options).run()
+    again = set_up([0, 1], **options)
+    with torch.no_grad():
+        for name, tensor in again.warm.objective.model.chain_parameters().items():
+            tensor.copy_(fit.tensors[name])
+    again.warm.load_state_dict(fit.warm.state_dict())
+    again.run()
+    assert_close(again.tensors, fit.tensors, 0)
+    assert again.warm.other is not None
+    assert fit.warm.other is not None
+    assert_close(again.warm.other.tensors, fit.warm.other.tensors, 0)
+    assert again.warm.other.steps == fit.warm.other.steps
+
+
 def test_patience_ends_the_run_when_no_chain_improves(
     set_up: SetUp, monkeypatch: pytest.MonkeyPatch
 ):

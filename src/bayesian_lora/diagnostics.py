@@ -30,6 +30,7 @@ ESS_BULK_LIMIT = 100.0  # of all chains together; below it R-hat itself is too n
 DISPERSION_LIMIT = 2.0  # starts closer than this, in within-chain deviations, prove nothing
 MIN_DRAWS = 4  # two halves of two draws: the least that split R-hat can use
 TAILS = (0.05, 0.95)
+NO_STARTS = "no starts were recorded"
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,17 @@ def summarise(
 
     Returns rhat_max, ess_bulk_min, ess_tail_min, start_dispersion (the median), all over the
     quantities whose name `verdict_on` accepts; `quantities`, with rhat, ess_bulk, ess_tail, mcse,
-    mean and sd of every one; `verdict` and `reason`. What is None has a `<key>_reason` beside it.
+    mean, sd and start_dispersion of every one; `verdict` and `reason`. What is None has a
+    `<key>_reason` beside it.
 
     The verdicts: "not mixed" (an R-hat above 1.05 or a bulk ESS below 100), "not available" (no
     R-hat at all), "not proven" (nothing speaks against mixing, but a quantity has no figures, or
     the starts were within 2 within-chain deviations or unknown), and otherwise "mixed".
     """
-    rows = {name: _quantity(x) for name, x in traces.items()}
+    given = starts or {}
+    rows = {name: _quantity(x, given.get(name)) for name, x in traces.items()}
     judged = {name: row for name, row in rows.items() if verdict_on(name)}
-    dispersion = _median_dispersion({name: traces[name] for name in judged}, starts or {})
+    dispersion = _median_dispersion(judged)
     fewest = min((np.size(traces[name]) for name in judged), default=0)
     verdict, reason = _verdict(judged, fewest, dispersion)
     return {
@@ -180,9 +183,12 @@ def _estimate(x: ArrayLike, statistic: Callable[[Array], Any], chains: int = 1) 
     return Estimate(value)
 
 
-def _quantity(x: ArrayLike) -> dict[str, Estimate]:
+def _quantity(x: ArrayLike, starts: ArrayLike | None) -> dict[str, Estimate]:
     a = _trace(x)
     row = {"rhat": rhat(a), "ess_bulk": ess_bulk(a), "ess_tail": ess_tail(a), "mcse": mcse_mean(a)}
+    row["start_dispersion"] = (
+        Estimate(None, NO_STARTS) if starts is None else start_dispersion(starts, a)
+    )
     if a.size == 0 or not np.isfinite(a).all():
         missing = Estimate(None, _unusable(a))
         return row | {"mean": missing, "sd": missing}
@@ -190,18 +196,15 @@ def _quantity(x: ArrayLike) -> dict[str, Estimate]:
     return row | {"mean": Estimate(float(a.mean())), "sd": sd}
 
 
-def _median_dispersion(
-    traces: Mapping[str, ArrayLike], starts: Mapping[str, ArrayLike]
-) -> Estimate:
+def _median_dispersion(rows: Mapping[str, Mapping[str, Estimate]]) -> Estimate:
     """The median, because the least of many noisy ratios of M starts falls with their number."""
     values: list[float] = []
-    for name, x in traces.items():
-        if name not in starts:
-            return Estimate(None, f"no starts were recorded for {name}")
-        estimate = start_dispersion(starts[name], x)
-        if estimate.value is None:
-            return Estimate(None, f"{name}: {estimate.reason}")
-        values.append(estimate.value)
+    for name, row in rows.items():
+        value, reason = row["start_dispersion"].value, row["start_dispersion"].reason
+        if value is None:
+            told = f"{reason} for {name}" if reason == NO_STARTS else f"{name}: {reason}"
+            return Estimate(None, told)
+        values.append(value)
     return Estimate(float(np.median(values))) if values else Estimate(None, "nothing was traced")
 
 

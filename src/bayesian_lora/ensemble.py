@@ -16,7 +16,13 @@ from bayesian_lora.adaptive import adaptive_logits, check_tolerance
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import unlabelled
 from bayesian_lora.errors import InputError
-from bayesian_lora.manifest import MANIFEST, Provenance, read_manifest, write_manifest
+from bayesian_lora.manifest import (
+    MANIFEST,
+    Provenance,
+    read_manifest,
+    read_whole_manifest,
+    write_manifest,
+)
 from bayesian_lora.member_files import MemberRecord, MemberWriter, PackReader, read_verified
 from bayesian_lora.models.hf_lora import HuggingFaceLora, build_huggingface_lora_model
 from bayesian_lora.models.peft_io import adapter_config, write_member
@@ -236,6 +242,34 @@ def map_ensemble(root: Path) -> Ensemble:
     if not starts:
         raise InputError(f"{root / MANIFEST}: the run has no warm starts yet; let it fit them")
     return Ensemble(provenance, starts, read_members(root, starts))
+
+
+def other_starts(root: Path) -> dict[str, Ensemble]:
+    """A run's fits by kind, ``last`` and ``early_stopped``: one of them its warm starts.
+
+    ``last`` alone where no other was stored, nothing for a run of a version that did not say which
+    its warm starts are; `why_no_other_starts` has the reason.
+
+    Raises:
+        InputError: as `map_ensemble`.
+    """
+    provenance, _, starts, alternatives = read_whole_manifest(root)
+    if alternatives.starts_are is None:
+        return {}
+    listed = {alternatives.starts_are: starts, **alternatives.records}
+    return {k: Ensemble(provenance, r, read_members(root, r)) for k, r in listed.items() if r}
+
+
+def why_no_other_starts(root: Path) -> str | None:
+    """Why `other_starts` has not both kinds; None if it has.
+
+    Raises:
+        InputError: as `map_ensemble`.
+    """
+    _, _, _, alternatives = read_whole_manifest(root)
+    if alternatives.starts_are is None:
+        return "the run stored one fit a chain, and not of which epoch"
+    return alternatives.reason
 
 
 def read_members(root: Path, records: Sequence[MemberRecord]) -> list[dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from bayesian_lora.data.batching import BatchOrder
 from bayesian_lora.energy_range import EnergyRange
 from bayesian_lora.models.chain_lora import ChainModel
+from bayesian_lora.monitoring.milestones import Milestones
 from bayesian_lora.objective import Objective
 from bayesian_lora.posterior import prior_energy
 from bayesian_lora.samplers.base import Closure, Sampler
@@ -80,6 +81,7 @@ class Chains:
         self.traces, self.trace_every, self.control = traces, trace_every, control
         self.lose = lose
         self.energies = EnergyRange(objective.model.num_chains, burn_in.steps)
+        self.milestones = Milestones(objective.model.num_chains)
         self.step, self.draws = 0, 0
 
     def run_burn_in(self, on_step: OnStep) -> None:
@@ -101,7 +103,8 @@ class Chains:
                 self.sampler.watch(watch["direction"], watch["curvature"])  # forgets burn-in
             report = self._one_step("sampling", self.burn_in.end, done + 1, self.thinning.steps)
             if (done + 1) % self.trace_every == 0 and self.thinning.sampled(done + 1):
-                self.traces.record()
+                self.milestones.record(self.traces.record())
+            self.milestones.stepped(done + 1)
             on_step(report)  # last, so that a state saved by it lacks nothing of this step
         self.objective.model.zero_grad(set_to_none=True)
 
@@ -138,6 +141,7 @@ class Chains:
         self.sampler.keep_chains(kept)
         self.order.keep(kept)
         self.energies.keep(kept)
+        self.milestones.keep(kept)
         if self.control is not None:
             self.control.keep(kept)
 
@@ -146,6 +150,7 @@ class Chains:
             "step": self.step,
             "draws": self.draws,
             "energies": self.energies.state_dict(),
+            "milestones": self.milestones.state_dict(),
             "step_sizes": [self.burn_in.start, self.burn_in.end],
             "sampler": copy.deepcopy(self.sampler.state_dict()),
             "control": None if self.control is None else self.control.state_dict(),
@@ -155,6 +160,7 @@ class Chains:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.draws = state["step"], state["draws"]
         self.energies.load_state_dict(state["energies"])
+        self.milestones.load_state_dict(state["milestones"])
         self.burn_in = BurnIn(self.burn_in.steps, *state["step_sizes"])
         self.sampler.load_state_dict(state["sampler"])
         if self.control is not None:

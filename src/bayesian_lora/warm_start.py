@@ -4,7 +4,6 @@ Shapes: M chains, N training examples.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayesian_lora.data.batching import BatchOrder, TokenisedSet
+from bayesian_lora.kept_fits import FitKind, Fits, KeptFits
 from bayesian_lora.learning_rates import LearningRates, ScheduleName
 from bayesian_lora.objective import Objective
 from bayesian_lora.posterior import PriorGroup
@@ -71,7 +71,8 @@ class WarmStart:
             rate is multiplied by `plateau_factor` after more than `plateau_patience` epochs in a
             row without improvement of its held-out loss, as torch's `ReduceLROnPlateau`.
         validation: held-out set for `EpochReport`, early stopping and the plateau.
-        early_stopping: keep each chain's epoch of lowest validation loss.
+        early_stopping: end with each chain's epoch of lowest validation loss, not with the last.
+        both: hold the others too (`other`), if there is a validation set.
         patience: end when no chain has improved for so many epochs.
         dropout: generators of the LoRA dropout, one per chain.
         lose: what becomes of chains whose loss or gradient is not finite; it calls `keep`.
@@ -95,6 +96,7 @@ class WarmStart:
         plateau_patience: int = 1,
         validation: TokenisedSet | None = None,
         early_stopping: bool = False,
+        both: bool = False,
         patience: int | None = None,
         dropout: list[torch.Generator] | None = None,
         lose: Lose = refuse,
@@ -107,7 +109,7 @@ class WarmStart:
             raise ValueError(f"patience={patience} acts only with early_stopping=True")
         self.objective, self.groups, self.order = objective, groups, order
         self.epochs, self.validation = epochs, validation
-        self.early_stopping, self.patience = early_stopping, patience
+        self.early_stopping, self.both = early_stopping, both
         self.dropout, self.lose = dropout, lose
         self.total = epochs * order.batches_per_epoch
         chains = len(order.generators)
@@ -127,9 +129,30 @@ class WarmStart:
         self.step = 0
         self.rows: np.ndarray | None = None
         self.losses, self.accuracies = torch.zeros(chains), torch.zeros(chains)
-        self.best_loss = torch.full((chains,), float("inf"), dtype=torch.float64)
-        self.best_epoch = torch.full((chains,), -1)
-        self.best: dict[str, Tensor] = {}
+        self.kept = KeptFits(chains, patience, last=both)
+        self.other: Fits | None = None
+        """Of the other kind than `kind`, once run; None without `both`, or without epochs."""
+
+    @property
+    def kind(self) -> FitKind:
+        """Of which epoch the fits are that the model ends with."""
+        return "early_stopped" if self.early_stopping else "last"
+
+    @property
+    def best_loss(self) -> Tensor:
+        """(M,) lowest held-out loss so far, float64."""
+        return self.kept.best_loss
+
+    @property
+    def best_epoch(self) -> Tensor:
+        """(M,) the epoch, from 0, that had it; −1 if none has."""
+        return self.kept.best_epoch
+
+    @property
+    def steps(self) -> list[int]:
+        """(M,) the steps after which the chains were where the model has them at the end."""
+        fits = self.kept.fits(self.kind, self.order.batches_per_epoch)
+        return [self.step] * len(self.losses) if fits is None else fits.steps
 
     def run(self, on_step: OnStep, on_epoch: Callable[[EpochReport], None]) -> None:
         """Go on from where the state is to the end of the last epoch."""
@@ -189,9 +212,7 @@ class WarmStart:
         self.rows = None if self.rows is None else self.rows[kept]
         self.losses, self.accuracies = self.losses[kept], self.accuracies[kept]
         self.rates.keep(kept)
-        self.best_loss = self.best_loss[kept]
-        self.best_epoch = self.best_epoch[kept]
-        self.best = {name: tensor[kept] for name, tensor in self.best.items()}
+        self.kept.keep(kept)
         if self.dropout is not None:
             self.dropout = [self.dropout[m] for m in kept]
 
@@ -201,23 +222,10 @@ class WarmStart:
         lr = self.rates.at(self.step - 1)
         if self.validation is not None:
             loss, accuracy = self.objective.score(self.validation)
-            if self.early_stopping:
-                self._keep_best(epoch, loss)
+            if self.early_stopping or self.both:
+                self.kept.epoch_ended(epoch, loss, self._tensors())
             self.rates.epoch_ended(loss.tolist())
         return EpochReport(epoch, self.losses.clone(), loss, accuracy, trained, lr, self.step)
-
-    def _keep_best(self, epoch: int, loss: Tensor) -> None:
-        better = loss < self.best_loss
-        if self.patience is not None:
-            # A chain out of patience keeps its fit, though others make the run go on: what it
-            # gives does not depend on who runs beside it.
-            better &= epoch - 1 - self.best_epoch < self.patience
-        self.best_loss = torch.where(better, loss, self.best_loss)
-        self.best_epoch = torch.where(better, torch.tensor(epoch), self.best_epoch)
-        for name, now in self._tensors().items():
-            old = self.best.get(name, now)
-            mask = better.to(now.device).view(-1, *[1] * (now.ndim - 1))
-            self.best[name] = torch.where(mask, now.detach(), old.detach()).clone()
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = dict(self.objective.model.chain_parameters())
@@ -226,23 +234,31 @@ class WarmStart:
         return tensors
 
     def _out_of_patience(self) -> bool:
-        if self.patience is None or self.step % self.order.batches_per_epoch:
-            return False
-        epoch = self.step // self.order.batches_per_epoch
-        return epoch > 0 and bool((epoch - 1 - self.best_epoch >= self.patience).all())
+        epochs, steps_into = divmod(self.step, self.order.batches_per_epoch)
+        return steps_into == 0 and self.kept.out_of_patience(epochs)
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Put every chain's best epoch back; refit the noise scale on the held-out set."""
-        for name, tensor in self._tensors().items():
-            if name in self.best:
-                tensor.copy_(self.best[name])
+        """Put every chain's fit that counts into the model; refit the noise scales held out."""
         self.objective.model.zero_grad(set_to_none=True)
+        if (log_noise := self.objective.log_noise) is not None:
+            log_noise.requires_grad_(False).grad = None
+        self.kept.close(self._tensors())
+        per_epoch = self.order.batches_per_epoch
+        kind: FitKind = "last" if self.early_stopping else "early_stopped"
+        if self.both and (other := self.kept.fits(kind, per_epoch)) is not None:
+            self._place(other)
+            tensors = {name: t.detach().clone() for name, t in self._tensors().items()}
+            self.other = Fits(kind, tensors, other.steps)
+        self._place(self.kept.fits(self.kind, per_epoch))
+
+    def _place(self, fits: Fits | None) -> None:
+        """Fits into the model (None: what it has) with noise scales of the held-out residuals."""
+        for name, tensor in self._tensors().items():
+            if fits is not None:
+                tensor.copy_(fits.tensors[name])
         log_noise = self.objective.log_noise
-        if log_noise is None:
-            return
-        log_noise.requires_grad_(False).grad = None
-        if self.validation is not None:
+        if log_noise is not None and self.validation is not None:
             means = torch.from_numpy(predict_logits(self.objective.model, self.validation))[..., 0]
             residual = (means - self.validation.labels).double()
             log_noise.copy_(residual.square().mean(1).sqrt().log())
@@ -255,9 +271,7 @@ class WarmStart:
             "losses": self.losses.clone(),
             "accuracies": self.accuracies.clone(),
             "rates": self.rates.state_dict(),
-            "best_loss": self.best_loss.clone(),
-            "best_epoch": self.best_epoch.clone(),
-            "best": {name: tensor.clone() for name, tensor in self.best.items()},
+            "kept": self.kept.state_dict(),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
@@ -266,14 +280,9 @@ class WarmStart:
         self.step = state["step"]
         self.rows = None if state["rows"] is None else state["rows"].numpy()
         self.losses = state["losses"].clone()
-        # States of earlier versions have neither of these; their schedule was linear.
-        self.accuracies = state.get("accuracies", torch.full_like(self.losses, math.nan)).clone()
-        if "rates" in state:
-            self.rates.load_state_dict(state["rates"])
-        self.best_loss = state["best_loss"].clone()
-        self.best_epoch = state["best_epoch"].clone()
-        device = self.objective.model.device
-        self.best = {name: t.to(device, copy=True) for name, t in state["best"].items()}
+        self.accuracies = state["accuracies"].clone()
+        self.rates.load_state_dict(state["rates"])
+        self.kept.load_state_dict(state["kept"], self.objective.model.device)
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 

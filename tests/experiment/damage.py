@@ -37,6 +37,7 @@ REMEDY = re.compile(
 PLACES = {"config.yaml": 7, "run.json": 6, "ensemble.json": 7, "members.jsonl": 4}
 """Bits flipped, and half as many cuts, in files that have more ways to be wrong than others."""
 PLACES_BY_SUFFIX = {".npz": 4, ".safetensors": 2, ".json": 1, ".jsonl": 2, ".csv": 1}
+MEMBERS = ("samples/sample", "map/chain", "map/last/chain")
 LOGS = ("log.jsonl", "metrics.csv")
 
 
@@ -92,7 +93,7 @@ def faults_of(root: Path, kind: Kind, seed: int) -> Iterator[Fault]:
             yield from (Fault(kind, name, int(i)) for i in cuts)
         elif kind != "replaced" or not name.endswith("adapter_config.json"):  # equal in all runs
             yield Fault(kind, name)
-            if kind == "replaced" and name.startswith(("samples/sample", "map/chain")):
+            if kind == "replaced" and name.startswith(MEMBERS):
                 yield Fault(kind, name, place=1)
 
 

@@ -96,7 +96,8 @@ def phase_of(root: Path) -> str:
     status = read_json(root / "run.json", "run")["status"]
     if status in ("sampled", "finished"):
         return "evaluation" if status == "sampled" else "finished"
-    if name := {"burn_in": "burn-in", "sampling": "collection"}.get(last_logged(root)):
+    logged = {"burn_in": "burn-in", "sampling": "collection", "milestone": "collection"}
+    if name := logged.get(last_logged(root)):
         return name
     try:
         stage = read_checkpoint(root / "checkpoint")[0]["stage"]

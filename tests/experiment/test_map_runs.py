@@ -14,7 +14,7 @@ import torch
 from bayesian_lora import Ensemble
 from bayesian_lora.cli.main import main
 from bayesian_lora.config import dump_config
-from bayesian_lora.ensemble import map_ensemble
+from bayesian_lora.ensemble import map_ensemble, other_starts, why_no_other_starts
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.building import build_model
 from bayesian_lora.experiment.compare import compare
@@ -64,7 +64,8 @@ def test_the_members_are_the_warm_starts_equally_weighted(made: Make) -> None:
     assert ensemble.records == starts.records
     assert ensemble.chains.tolist() == [0, 1]
     assert ensemble.weights.tolist() == [0.5, 0.5]
-    assert sorted(weights(root)) == [f"map/chain_{m}/adapter_model.safetensors" for m in (0, 1)]
+    files = [f"{where}/chain_{m}" for where in ("map", "map/last") for m in (0, 1)]
+    assert sorted(weights(root)) == [f"{name}/adapter_model.safetensors" for name in files]
     first, second = ensemble.members
     assert any(not torch.equal(first[name], second[name]) for name in first)
     assert read_json(root / "run.json", "run")["members"] == 2
@@ -193,6 +194,11 @@ def test_a_sampler_can_start_from_a_map_run(
     root = train(config, QUIET)
     for own, other in zip(map_ensemble(root), map_ensemble(made()), strict=True):
         assert all(torch.equal(own[name], other[name]) for name in other)
+    ours, theirs = other_starts(root), other_starts(made())
+    assert ours.keys() == theirs.keys() == {"last", "early_stopped"}
+    for kind, fits in theirs.items():
+        assert ours[kind].records == fits.records, "also the step that each is of"
+        assert why_no_other_starts(root) is None
     assert len(Ensemble.load(root)) == 6
 
 

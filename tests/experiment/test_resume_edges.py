@@ -89,7 +89,7 @@ def test_a_checkpoint_of_another_version_is_refused(
     tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(tiny_models["bert"], tmp_path / "run", "sampling", 2)
-    monkeypatch.setattr(resume, "FORMAT", 2)
+    monkeypatch.setattr(resume, "FORMAT", resume.FORMAT + 1)
     with pytest.raises(InputError, match="its checkpoint is another version's"):
         train(config_of(tiny_models["bert"], tmp_path / "run"), QUIET)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bayesian_lora.experiment import step_log
-from bayesian_lora.experiment.step_log import StepLogger
+from bayesian_lora.experiment.step_log import StepLogger, milestone_line
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.warm_start import StepReport
@@ -54,3 +54,18 @@ def test_a_dropped_chain_keeps_its_place_as_null(tmp_path: Path) -> None:
     logger.step(StepReport("sampling", 1, 1, torch.tensor([0.5, 2.0]), None, 0.1, 16))
     line = json.loads((tmp_path / "log.jsonl").read_text())
     assert line["loss"] == [0.5, None, 2.0]
+
+
+def test_a_milestone_is_a_line_of_its_own_and_one_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = StepLogger(RunFolder(tmp_path), Progress(terminal=False), 1.0, [0, 1])
+    row = {"step": 10_000, "ess_min": 123.4, "quantity": "log_posterior", "ess_per_step": 0.00617}
+    logger.milestone(row)
+    line = json.loads((tmp_path / "log.jsonl").read_text())
+    assert line == {"phase": "milestone", **row}
+    told = "After 10,000 sampling steps: effective sample size at least 123 (log_posterior)"
+    assert told in capsys.readouterr().out
+    assert milestone_line(row | {"note": "at most"}).endswith("; at most")
+    none = milestone_line(row | {"ess_min": None, "ess_min_reason": "3 rows"})
+    assert none == "After 10,000 sampling steps: no effective sample size (3 rows)"

@@ -21,7 +21,7 @@ from bayesian_lora.composition.state_dicts import check_adapter, head_outputs, r
 from bayesian_lora.data.glue_datasets import TASKS
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.errors import InputError
-from bayesian_lora.manifest import MANIFEST, read_manifest
+from bayesian_lora.manifest import MANIFEST, read_whole_manifest
 from bayesian_lora.member_files import MemberRecord, PackReader, read_verified
 from bayesian_lora.models.hf_lora import LoraSpec
 from bayesian_lora.models.peft_io import CONFIG_FILE, WEIGHTS_FILE, read_spec
@@ -182,13 +182,14 @@ def _read_inside(folder: Path) -> Source | None:
     place = folder.resolve()
     for root in place.parents[:_LEVELS_ABOVE]:
         if (root / MANIFEST).is_file():
-            provenance, members, starts = read_manifest(root)
-            for record in (*members, *starts):
+            provenance, members, starts, others = read_whole_manifest(root)
+            fits = [*starts, *(record for rows in others.records.values() for record in rows)]
+            for record in (*members, *fits):
                 if record.index is None and (root / record.path).resolve() == place:
                     member = read_verified(root, record, PackReader(root))
                     found = _of_ensemble(folder, Ensemble(provenance, [_alone(record)], [member]))
                     # A warm start is a fit: it was not sampled as the run's members were.
-                    return dataclasses.replace(found, sampler=None) if record in starts else found
+                    return dataclasses.replace(found, sampler=None) if record in fits else found
         if (root / STACK_FILE).is_file() and place.parent == root / "tasks":
             stack = read_stack(root)
             if place.name in stack.tasks:

@@ -14,7 +14,7 @@ from bayesian_lora.experiment.provenance import tempering
 from bayesian_lora.experiment.run import Run
 from bayesian_lora.experiment.samplers import idle_keys, make_chains, open_account
 from bayesian_lora.experiment.setup import Prior
-from bayesian_lora.experiment.starts import place_starts
+from bayesian_lora.experiment.starts import StartsOf, fitted, place_starts, taken_over
 from bayesian_lora.sampling import spread_start
 from bayesian_lora.warm_start import EpochReport, WarmStart
 
@@ -33,12 +33,12 @@ def warm_start(run: Run) -> None:
     for line in prior_lines(setup):
         run.progress.say(line)
     if run.starts is None:
-        step = _fit(run)
+        starts = _fit(run)
     else:
-        place_starts(setup, run.starts)
-        step = run.starts.records[0].step
+        place_starts(setup, run.starts.fits)
+        starts = taken_over(run.starts, run.alive)
         run.progress.say(f"Warm starts of {run.config.train.starts_from}\n")
-    run.keep_starts(step)
+    run.keep_starts(starts)
     run.write_manifest()
     if run.config.train.starts == "shared":
         spread_start(setup.model, setup.objective, run.config.train.jitter, setup.streams.noise)
@@ -52,7 +52,7 @@ def _resolve_prior(run: Run) -> None:
     if config.prior.std != "auto":
         return
     if run.starts is not None:
-        setup.prior = Prior(**run.starts.provenance.sampler["prior"])
+        setup.prior = Prior(**run.starts.fits.provenance.sampler["prior"])
         say(f"prior.std={setup.prior.std:g}, that of {config.train.starts_from} (no search)")
         return
     say("Searching prior.std on data held out of train...")
@@ -65,8 +65,8 @@ def _resolve_prior(run: Run) -> None:
     setup.prior = Prior(found["std"], config.prior.head_std or found["std"])
 
 
-def _fit(run: Run) -> int:
-    """Fit all chains; the steps it took."""
+def _fit(run: Run) -> StartsOf:
+    """Fit all chains: the fits that sampling starts from, and those beside them."""
     config, setup, train = run.config, run.setup, run.config.train
     shared = train.starts == "shared"
     if run.resumed is None:
@@ -81,6 +81,7 @@ def _fit(run: Run) -> int:
         **schedule_of(train),
         validation=setup.validation,
         early_stopping=train.early_stopping,
+        both=True,
         patience=train.patience,
         dropout=setup.streams.dropout[first],
         lose=run.lose,
@@ -99,7 +100,7 @@ def _fit(run: Run) -> int:
         warm.run(run.on_step, lambda report: _epoch_ended(run, report))
     run.progress.end()
     run.state.warm = None
-    return warm.step
+    return fitted(warm, run.alive)
 
 
 def sample(run: Run) -> None:

@@ -81,6 +81,20 @@ def _common(setup: Setup, starts: str) -> dict[str, Any]:
     }
 
 
+def chain_facts(chains: Chains | None, departures: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `run.json` says of the chains: heat, chains that left their energies, milestones.
+
+    None of each before sampling, and of the departures where burn-in was too short to have a range.
+    """
+    if chains is None:
+        return dict.fromkeys(("t_eff", "departures", "milestones"))
+    return {
+        "t_eff": mean_t_eff(chains),
+        "departures": departures if chains.energies.known else None,
+        "milestones": chains.milestones.facts(),
+    }
+
+
 def mean_t_eff(chains: Chains) -> float | None:
     """T_eff over chains; None before the phase's second step, or where it overflowed."""
     t_eff = chains.sampler.t_eff

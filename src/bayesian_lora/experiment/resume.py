@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,12 +14,13 @@ from bayesian_lora.config import MAP, Config, load_run_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.cells import differences, identity, settings_of
 from bayesian_lora.experiment.setup import Setup, run_facts
+from bayesian_lora.manifest import parse_alternatives
 from bayesian_lora.member_files import PackReader, parse_record, read_verified
 from bayesian_lora.run_folder import BEGINNING, RunFolder, versions
 from bayesian_lora.utils.checkpoint import Damaged, read_checkpoint
 from bayesian_lora.utils.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 ELSEWHERE = "keep both with output.dir=<new folder>, or replace it with output.overwrite=true"
 
 
@@ -130,8 +132,9 @@ def check_own(root: Path, tree: dict[str, Any], config: Config) -> None:
     if tree["settings"] != identity(config):
         raise _nothing_to_go_on_from(root, f"{root / 'checkpoint'} is another run's")
     packs = PackReader(root)
-    for row in tree["starts"]:
-        read_verified(root, parse_record(row), packs)
+    others = parse_alternatives(tree["other_starts"]).records.values()
+    for record in chain(map(parse_record, tree["starts"]), *others):
+        read_verified(root, record, packs)
 
 
 def check_same_inputs(root: Path, setup: Setup) -> list[str]:

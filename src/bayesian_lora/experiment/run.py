@@ -14,9 +14,8 @@ import numpy as np
 from bayesian_lora.account import Account
 from bayesian_lora.config import MAP, dump_run_config, load_run_config
 from bayesian_lora.config_checks import least_chains
-from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.experiment.cells import identity
-from bayesian_lora.experiment.provenance import mean_t_eff, provenance
+from bayesian_lora.experiment.provenance import chain_facts, provenance
 from bayesian_lora.experiment.resume import (
     FORMAT,
     Stop,
@@ -26,9 +25,10 @@ from bayesian_lora.experiment.resume import (
 )
 from bayesian_lora.experiment.run_metrics import RunMetrics
 from bayesian_lora.experiment.setup import Prior, Setup, run_facts
+from bayesian_lora.experiment.starts import Given, Members, StartsOf, as_members, write_starts
 from bayesian_lora.experiment.step_log import StepLogger
-from bayesian_lora.manifest import write_manifest
-from bayesian_lora.member_files import MemberRecord, MemberWriter, parse_record, write_folder
+from bayesian_lora.manifest import Alternatives, parse_alternatives, write_manifest
+from bayesian_lora.member_files import MemberRecord, MemberWriter, parse_record
 from bayesian_lora.models.peft_io import adapter_config
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder
@@ -36,7 +36,6 @@ from bayesian_lora.samplers.failures import Diverged, require_finite
 from bayesian_lora.sampling import RunState
 from bayesian_lora.utils.checkpoint import drop_newest, write_checkpoint
 from bayesian_lora.utils.files import write_atomic
-from bayesian_lora.utils.lora_params import split
 from bayesian_lora.warm_start import StepReport
 
 MANIFEST_EVERY_MEMBER_UP_TO = 200
@@ -57,13 +56,14 @@ class Run:
         folder: RunFolder,
         progress: Progress,
         stop: Stop,
-        starts: Ensemble | None = None,
+        starts: Given | None = None,
     ) -> None:
         self.setup, self.folder, self.progress, self.stop = setup, folder, progress, stop
         self.config, self.starts = setup.config, starts
         self.peft_config = adapter_config(setup.model.info.spec)
         self.writer = MemberWriter(folder.root, self.peft_config, self.config.sampler.num_samples)
         self.start_records: list[MemberRecord] = []
+        self.other_starts = Alternatives()
         self.state = RunState(setup.model, setup.objective, setup.streams)
         self.alive = list(range(self.config.sampler.chains))
         self.seconds = {"train_s": 0.0, "sample_s": 0.0}
@@ -106,6 +106,7 @@ class Run:
         self.seconds, self.before_collection = tree["seconds"], tree["before_collection"]
         self.dropped, self.departures = tree["dropped"], tree["departures"]
         self.start_records = [parse_record(row) for row in tree["starts"]]
+        self.other_starts = parse_alternatives(tree["other_starts"])
         self._narrow(tree["alive"])
         self.progress.say(f"Going on with the run in {root}\n")
 
@@ -137,6 +138,7 @@ class Run:
             "prior_search": self.prior_search,
             "account": None if account is None else dataclasses.asdict(account),
             "starts": [dataclasses.asdict(record) for record in self.start_records],
+            "other_starts": self.other_starts.facts(),
             "alive": list(self.alive),
             "dropped": self.dropped,
             "departures": self.departures,
@@ -159,6 +161,8 @@ class Run:
                 number = self.alive[found.chain]
                 self.progress.say(f"Warning: {found.told(number)}")
                 self.departures.append({**dataclasses.asdict(found), "chain": number})
+            for found in chains.milestones.take():
+                self.logger.milestone(found)
             if len(chains.traces.rows) >= ROWS_A_PART:
                 self.write_traces()
         due = time.monotonic() - self._saved >= self.config.output.checkpoint_seconds
@@ -228,28 +232,22 @@ class Run:
             except Diverged as error:
                 self.lose(error)
         total = self.config.sampler.num_samples
-        for member, record in self._members(draw, chains.step):
+        for member, record in self._members(draw, [chains.step] * len(self.alive)):
             path = self.writer.add(member, record)
             self.progress.say(f"Saved sample {len(self.writer)}/{total}: {path}")
         if len(self.writer) <= MANIFEST_EVERY_MEMBER_UP_TO or draw % 50 == 0:
             self.write_manifest()
 
-    def keep_starts(self, step: int) -> None:
-        """Store the warm starts, one PEFT folder a chain."""
-        root = self.folder.root
-        self.start_records = [
-            write_folder(root, root / "map" / f"chain_{r.chain}", member, self.peft_config, r)
-            for member, r in self._members(draw=0, step=step)
-        ]
+    def keep_starts(self, starts: StartsOf) -> None:
+        """Store the warm starts, one PEFT folder a chain, and the fits of the other kind."""
+        own = self._members(0, starts.steps)
+        self.start_records, self.other_starts = write_starts(
+            self.folder.root, own, starts, self.peft_config
+        )
 
-    def _members(self, draw: int, step: int) -> list[tuple[dict[str, Any], MemberRecord]]:
-        noise = self.setup.objective.noise_std
-        members = split(dict(self.setup.model.chain_parameters()))
-        values = [None] * len(members) if noise is None else noise.tolist()
-        return [
-            (member, MemberRecord("", chain=number, draw=draw, step=step, noise_std=std))
-            for member, number, std in zip(members, self.alive, values, strict=False)
-        ]
+    def _members(self, draw: int, steps: list[int]) -> Members:
+        tensors = self.setup.model.chain_parameters()
+        return as_members(tensors, self.setup.objective.noise_std, self.alive, draw, steps)
 
     @property
     def records(self) -> list[MemberRecord]:
@@ -280,21 +278,19 @@ class Run:
     def write_manifest(self) -> None:
         """`ensemble.json` as things stand, without the chains that were dropped."""
         head = provenance(self.setup, self.state.chains, self.dropped)
-        write_manifest(self.folder.root, head, self.records, self.start_records)
+        root, others = self.folder.root, self.other_starts
+        write_manifest(root, head, self.records, self.start_records, others)
 
     def facts(self) -> dict[str, Any]:
         """For `run.json`: costs, heat, members, what went wrong."""
-        chains, before = self.state.chains, self.before_collection
-        evaluations = self.setup.objective.evaluations
-        watched = chains is not None and chains.energies.known
+        before, evaluations = self.before_collection, self.setup.objective.evaluations
         return {
             **{name: round(value, 2) for name, value in self.seconds.items()},
             "gradient_evaluations": evaluations,
             "sampling_gradient_evaluations": None if before is None else evaluations - before,
             "account": None if self.account is None else self.account.facts(),
             "prior_search": self.prior_search,
-            "t_eff": None if chains is None else mean_t_eff(chains),
             "members": len(self.records),
             "dropped_chains": self.dropped,
-            "departures": self.departures if watched else None,
+            **chain_facts(self.state.chains, self.departures),
         }

@@ -51,6 +51,11 @@ class StepLogger:
             self._log(report)
         self.progress.update(report.step, lambda: self._facts(report))
 
+    def milestone(self, row: dict[str, Any]) -> None:
+        """A row of `Milestones`: a line of its own in the log, and one for a person."""
+        self.folder.log({"phase": "milestone", **row})
+        self.progress.say(milestone_line(row))
+
     def place(self) -> str:
         """Phase and step, for messages."""
         return f"{PHASE_NAMES[self.phase].lower()} after step {self.last}"
@@ -91,3 +96,15 @@ class StepLogger:
         if report.t_eff is not None:
             parts.append(f"T_eff {float(report.t_eff.mean()):.3g}")
         return " | ".join([*parts, f"{self._rate:.0f} examples/s"])
+
+
+def milestone_line(row: dict[str, Any]) -> str:
+    """What a milestone says, in one line."""
+    head = f"After {row['step']:,} sampling steps: "
+    if row["ess_min"] is None:
+        return f"{head}no effective sample size ({row['ess_min_reason']})"
+    note = f"; {row['note']}" if "note" in row else ""
+    return (
+        f"{head}effective sample size at least {row['ess_min']:.3g} ({row['quantity']}), "
+        f"{row['ess_per_step']:.2g} a step of a chain{note}"
+    )

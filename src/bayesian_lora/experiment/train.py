@@ -47,9 +47,9 @@ def train(config: Config, progress: Progress | None = None, resume: bool = True)
     starts = None if begun else find_starts(config)  # a run that goes on has its own
     setup = prepare(config, progress)
     if starts is not None:
-        check_starts(setup, *starts)
+        check_starts(setup, starts)
     with locked(folder.root), Stop().installed() as stop:
-        run = Run(setup, folder, progress, stop, None if starts is None else starts[0])
+        run = Run(setup, folder, progress, stop, starts)
         with closing(run):
             with _recorded(run):
                 run.open(go_on=find_earlier(config, resume))
