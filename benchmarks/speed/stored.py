@@ -10,10 +10,10 @@ from options import Figures, add_examples, add_rounds, command
 from rounds import Case, alternate, ratios, spread
 from setting import EVERY, load
 
+from bayesian_lora.assessment.evaluation import evaluate
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import get_task
 from bayesian_lora.ensemble import Ensemble, load_model
-from bayesian_lora.evaluation import evaluate
 from bayesian_lora.models.hf_lora import HuggingFaceLora
 from bayesian_lora.predict import Predictions
 

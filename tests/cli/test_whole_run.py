@@ -115,9 +115,9 @@ def case(
 
 def test_the_folder_holds_what_the_contract_lists(case: Case) -> None:
     found = {p.relative_to(case.folder).as_posix() for p in case.folder.rglob("*") if p.is_file()}
-    members = [f"map/chain_{m}" for m in range(M)] + [
-        f"samples/sample_{k:04d}" for k in range(1, 7)
-    ]
+    folders = ("map", "map/early_stopped")
+    members = [f"{folder}/chain_{m}" for folder in folders for m in range(M)]
+    members += [f"samples/sample_{k:04d}" for k in range(1, 7)]
     files = {
         f"{m}/{n}" for m in members for n in ("adapter_config.json", "adapter_model.safetensors")
     }
@@ -259,7 +259,8 @@ def test_metrics_agree_with_an_independent_computation(case: Case) -> None:
     for name in expected:
         values = [row[name] for row in alone]
         wanted = {"mean": np.mean(values), "sd": np.std(values, ddof=1)}
-        assert found["single"][name] == pytest.approx(wanted, rel=1e-5, abs=1e-9)
+        spread = {key: found["single"][name][key] for key in wanted}
+        assert spread == pytest.approx(wanted, rel=1e-5, abs=1e-9)
     if not case.regression:
         arrays = case.predictions()
         of_logits = softmax(arrays["logits"].astype(np.float64).mean(0), axis=-1)
@@ -297,6 +298,8 @@ def test_metrics_have_the_contracts_keys_and_a_reason_beside_every_null(case: Ca
     found = case.json("metrics.json")
     keys = {"task", "split", "n", "map", "map_ensemble", "map_temperature_scaled", "single"}
     keys |= {"ensemble", "uncertainty", "diagnostics", "parameters", "cost"}
+    keys |= {"map_last", "map_early_stopped", "standard_errors", "calibration", "selective"}
+    keys |= {"cumulative"}
     assert keys <= found.keys()
     assert nulls_without_reason(found) == []
     assert found["n"] == len(case.labels)
@@ -305,6 +308,14 @@ def test_metrics_have_the_contracts_keys_and_a_reason_beside_every_null(case: Ca
     for name in ("map", "single"):
         assert shared | own <= found[name].keys()
         assert all({"mean", "sd"} <= figure.keys() for figure in found[name].values())
+    assert all("mcse" in figure for figure in found["single"].values())
+    more = {"crps", "coverage_0.9"} if case.regression else {"adaptive_ece", "aurc"}
+    for name in ("map", "map_last", "map_early_stopped", "map_ensemble", "single", "ensemble"):
+        assert more <= found[name].keys()
+        assert {"nll", *more} <= found["standard_errors"][name].keys()
+        assert found["standard_errors"][name]["nll"] > 0
+    assert found["cumulative"]["k"] == list(range(1, K + 1))
+    assert found["cumulative"]["nll"][-1] == pytest.approx(found["ensemble"]["nll"], rel=1e-9)
     assert shared | own <= found["map_ensemble"].keys()
     assert shared | {"temperature"} <= found["map_temperature_scaled"].keys()
     parts = {"predictive_entropy", "expected_entropy", "mutual_information"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from bayesian_lora import evaluation
+from bayesian_lora.assessment import evaluation
 from bayesian_lora.composition.stack import Stack, StackTask
 from bayesian_lora.composition.stack_evaluation import (
     NO_NOISE,

@@ -164,3 +164,23 @@ def test_a_cold_posterior_is_labelled() -> None:
 def test_the_ess_of_stuck_chains_is_no_rate() -> None:
     (note,) = notes([entry("sgld", diagnostics={"verdict": "not mixed"})])
     assert "no rate" in note
+
+
+def test_the_error_of_the_nll_stands_beside_it_where_some_cell_has_it() -> None:
+    errors = {"standard_errors": {"ensemble": {"nll": 0.02}}, "map_last": None}
+    new = entry("sgld", **errors)
+    rows = table(["sampler.name"], [new, entry("sghmc"), failed("psgld")])
+    assert list(rows[0])[4:7] == ["nll", "nll_se", "ece"]
+    assert [row["nll_se"] for row in rows] == [0.02, None, None]
+    assert "0.0200" in lines(rows)[1]
+    damaged = entry("sgld", standard_errors={"ensemble": [0.02]})
+    assert "nll_se" not in table(["sampler.name"], [damaged])[0]
+
+
+def test_a_record_keeps_the_baselines_and_errors_that_there_are() -> None:
+    scaled = {"accuracy": 0.7, "nll": 0.5, "temperature": 1.4}
+    more = {"map_temperature_scaled": scaled, "map_last": None, "calibration": {"bins": 15}}
+    kept = entry("sgld", **more)["metrics"]
+    assert kept["map_temperature_scaled"] == scaled
+    assert kept["calibration"] == {"bins": 15}
+    assert "map_last" not in kept

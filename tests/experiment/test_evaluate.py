@@ -15,15 +15,17 @@ import pytest
 from scipy.special import softmax
 
 from bayesian_lora.adaptive import FEWEST
+from bayesian_lora.assessment.evaluation import LEFT_OUT
+from bayesian_lora.assessment.stored import load_predictions
 from bayesian_lora.cli.main import main
 from bayesian_lora.data.examples import split_off, stratified_subset
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.ensemble import map_ensemble
-from bayesian_lora.evaluation import LEFT_OUT
+from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.progress import Progress
-from bayesian_lora.utils.files import read_json, write_json
+from bayesian_lora.utils.files import read_json, write_json, write_npz
 
 K = 6
 WRONG = ("0.0", "1.0", "-1.0", "nan", "inf")
@@ -219,6 +221,74 @@ def test_a_run_without_a_sampling_step_has_no_heat(run: Path) -> None:
     assert found["verdict"] == "not available"
     assert found["rhat_max"] is None
     assert found["rhat_max_reason"]
+
+
+def test_both_kinds_of_fits_stand_beside_the_ensemble(finished: Path) -> None:
+    """Sampling began from the last epoch's; one epoch was all there was, so both are alike."""
+    found = figures(finished / "metrics.json")
+    assert found["map_last"] == found["map"]
+    assert_same_figures(found["map_early_stopped"], found["map"])
+    scaled = found["map_early_stopped_temperature_scaled"]
+    assert_same_figures(scaled, found["map_temperature_scaled"])
+    errors = found["standard_errors"]
+    assert errors["ensemble"]["nll"] > errors["differences"]["ensemble-map_ensemble"]["nll"] > 0
+
+
+def test_without_a_record_of_their_epoch_there_are_no_other_fits(run: Path) -> None:
+    """As a run of an older version left it."""
+    manifest = read_json(run / "ensemble.json", "ensemble")
+    for name in ("starts_are", "alternatives", "alternatives_reason"):
+        manifest.pop(name, None)
+    write_json(run / "ensemble.json", manifest)
+    found = evaluate_run(run, progress=Progress(quiet=True))
+    for row in ("map_last", "map_early_stopped"):
+        assert found[row] is found["standard_errors"][row] is None
+        assert found[f"{row}_reason"] == found["standard_errors"][f"{row}_reason"]
+    assert found["map"]["nll"]["mean"] > 0
+
+
+def test_parameters_themselves_are_shown_and_not_judged(run: Path) -> None:
+    """Chains whose factors lie far apart, as LoRA's gauge lets them, may agree on everything."""
+    before = figures(run / "metrics.json")["diagnostics"]
+    path = run / "traces" / "part_00001.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    raw = [name for name in arrays if name.startswith("raw[")]
+    assert raw
+    for name in raw:
+        arrays[name] = arrays[name] + 1e3 * np.arange(2.0)[:, None]
+    record = read_json(run / "run.json", "run")
+    record["traces"]["sha256"][path.name] = write_npz(path, arrays)
+    write_json(run / "run.json", record)
+    found = evaluate_run(run, progress=Progress(quiet=True))["diagnostics"]
+    assert {k: found[k] for k in ("rhat_max", "ess_bulk_min", "verdict", "reason")} == {
+        k: before[k] for k in ("rhat_max", "ess_bulk_min", "verdict", "reason")
+    }
+    assert found["quantities"][raw[0]]["rhat"] != before["quantities"][raw[0]]["rhat"]
+
+
+def test_the_table_is_printed_with_standard_errors(run: Path, evaluate: Evaluate) -> None:
+    _, out, _ = evaluate(run)
+    found = figures(run / "metrics.json")
+    nll, error = found["ensemble"]["nll"], found["standard_errors"]["ensemble"]["nll"]
+    row = re.search(r"^posterior ensemble of 6 .*$", out, re.MULTILINE)
+    assert row is not None
+    assert f"{nll:.4f} ± {error:.4f}".replace("± 0.", "± .") in row[0]
+    expected = found["calibration"]["expected_ece"]["mean"]
+    assert f"A perfectly calibrated model would score ECE {expected:.4f}" in out
+    assert "Enough samples: " in out
+    assert "Area under risk–coverage: " in out
+
+
+def test_stored_predictions_are_those_of_the_figures(run: Path, evaluate: Evaluate) -> None:
+    assert evaluate(run, "--split", "shifted")[0] == 0
+    for split, size in ((None, 600), ("shifted", 600)):
+        p = load_predictions(run, split)
+        assert (p.num_members, len(p)) == (K, size)
+    folder = run / "predictions"
+    shutil.copy(folder / "shifted.npz", folder / "validation.npz")
+    with pytest.raises(InputError, match="predictions of split 'shifted', not 'validation'"):
+        load_predictions(run)
 
 
 def test_temperatures_are_fitted_on_what_was_held_out_of_train(finished: Path) -> None:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bayesian_lora.assessment.evaluation import evaluate
 from bayesian_lora.composition.columns import columns_of, is_factor, masked, part_of
 from bayesian_lora.composition.stack import Part, Stack, StackTask
 from bayesian_lora.ensemble import Ensemble
 from bayesian_lora.errors import InputError
-from bayesian_lora.evaluation import evaluate
 from bayesian_lora.manifest import MANIFEST
 from bayesian_lora.member_files import (
     PackReader,

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from bayesian_lora import metrics
+from bayesian_lora.assessment.evaluation import Figures, evaluate
 from bayesian_lora.composition.gated_model import GatedModel, GatedOutputs
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.joined import JoinedSet
 from bayesian_lora.errors import InputError
-from bayesian_lora.evaluation import Figures, evaluate
 from bayesian_lora.metrics import Array
 from bayesian_lora.predict import Predictions
 from bayesian_lora.utils.text_table import aligned

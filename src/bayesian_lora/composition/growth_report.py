@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bayesian_lora.assessment.evaluation import Figures, evaluate_members, mean_and_sd
 from bayesian_lora.composition.column_files import Grown
 from bayesian_lora.composition.columns import masked
 from bayesian_lora.composition.stack_evaluation import TaskFigures, task_figures
@@ -16,7 +17,6 @@ from bayesian_lora.composition.stack_model import build_stack_model, task_predic
 from bayesian_lora.composition.task_data import TaskData, task_spec
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.tasks import TaskSpec
-from bayesian_lora.evaluation import Figures, evaluate_members, mean_and_sd
 from bayesian_lora.models.sources import resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress

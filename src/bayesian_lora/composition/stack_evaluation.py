@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bayesian_lora import evaluation, summary
+from bayesian_lora.assessment import evaluation, summary
 from bayesian_lora.composition.stack import Stack
 from bayesian_lora.composition.stack_model import build_stack_model, stack_state, task_predictions
 from bayesian_lora.composition.task_data import task_spec

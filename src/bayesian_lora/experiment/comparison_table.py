@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora.summary import SHOWN
+from bayesian_lora.assessment.summary import SHOWN
 
 Figures = dict[str, Any]
 
@@ -21,6 +21,17 @@ AFTER = (
     "seconds",
     "status",
 )
+ROWS = ("map", "map_ensemble", "single", "ensemble")
+MORE = (
+    "map_temperature_scaled",
+    "map_last",
+    "map_last_temperature_scaled",
+    "map_early_stopped",
+    "map_early_stopped_temperature_scaled",
+    "standard_errors",
+    "calibration",
+)
+NLL_SE = "nll_se"
 DIAGNOSTICS = ("rhat_max", "ess_bulk_min", "t_eff", "verdict", "reason")
 ALIKE = {
     "task": "the task",
@@ -51,7 +62,9 @@ def figures_of(metrics: Figures, run: Figures) -> Figures:
     phase (of a chain's batch); burn-in and the warm start, which cells may share, do not count.
     """
     cost, diagnostics = metrics["cost"], metrics["diagnostics"]
-    rows = {name: metrics[name] for name in ("map", "map_ensemble", "single", "ensemble")}
+    rows = {name: metrics[name] for name in ROWS}
+    # Of an evaluation by an older version there is no more than that.
+    rows |= {name: metrics[name] for name in MORE if metrics.get(name) is not None}
     ess, evaluations = diagnostics["ess_bulk_min"], cost.get("sampling_gradient_evaluations")
     figures = {
         "task": metrics["task"],
@@ -78,10 +91,14 @@ def table(keys: Sequence[str], entries: Sequence[Figures]) -> list[dict[str, Any
     """One row a cell: the varied keys, the figures, None for what there is not.
 
     Of the metrics those are shown that some cell has: accuracy or pearson, the task's own, NLL,
-    ECE, Brier score; of the warm starts the mean NLL and that of their ensemble.
+    ECE, Brier score; of the warm starts the mean NLL and that of their ensemble. ``nll_se`` is the
+    standard error of the ensemble's NLL over examples; a difference between two cells, which were
+    evaluated on the same examples, is known better than that.
     """
     ensembles = [entry["metrics"]["ensemble"] for entry in entries if "metrics" in entry]
     names = [n for n in SHOWN if any(e.get(n) is not None for e in ensembles)]
+    if any(_nll_se(entry) is not None for entry in entries):
+        names.insert(names.index("nll") + 1, NLL_SE)
     return [_row(keys, names, entry) for entry in entries]
 
 
@@ -96,10 +113,20 @@ def _row(keys: Sequence[str], names: Sequence[str], entry: Figures) -> dict[str,
     row["map_nll"] = metrics["map"]["nll"]["mean"]
     row["map_ensemble_nll"] = metrics["map_ensemble"]["nll"]
     row |= {name: metrics["ensemble"].get(name) for name in names}
+    if NLL_SE in names:
+        row[NLL_SE] = _nll_se(entry)
     row |= {name: metrics["diagnostics"][name] for name in ("rhat_max", "t_eff", "verdict")}
     row |= {name: entry[name] for name in ("step_size", "targets", "tempering", "ess_per_1000")}
     row["seconds"] = entry["seconds"]["wall_s"]
     return row
+
+
+def _nll_se(entry: Figures) -> float | None:
+    """None of cells evaluated by an older version."""
+    part: Any = entry.get("metrics")
+    for key in ("standard_errors", "ensemble", "nll"):
+        part = part.get(key) if isinstance(part, dict) else None
+    return part if isinstance(part, float) else None
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,13 +11,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bayesian_lora import evaluation, summary
+from bayesian_lora.assessment import diagrams, evaluation, summary
+from bayesian_lora.assessment.ensemble_curve import cumulative
+from bayesian_lora.assessment.run_rows import Fits, Given, rows
 from bayesian_lora.config import MAP, Config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.glue_datasets import load_split
+from bayesian_lora.data.tasks import TaskSpec
 from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.energy_range import LEAST
-from bayesian_lora.ensemble import Ensemble, load_model, map_ensemble
+from bayesian_lora.ensemble import (
+    Ensemble,
+    load_model,
+    map_ensemble,
+    other_starts,
+    why_no_other_starts,
+)
 from bayesian_lora.errors import InputError
 from bayesian_lora.experiment.building import resolve_device
 from bayesian_lora.experiment.resume import load_own_config
@@ -33,6 +42,7 @@ from bayesian_lora.models.sources import load_pretrained, resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
 from bayesian_lora.run_folder import RunFolder, read_starts, read_traces
+from bayesian_lora.traces import RAW
 from bayesian_lora.utils.files import read_json
 from bayesian_lora.utils.lock import locked
 from bayesian_lora.utils.lora_params import chain_norm
@@ -42,6 +52,7 @@ STATED = ("name", "step_size", "exactness", "law", "variance_reduction")
 """What a sampler says of itself, from the manifest into `metrics.json`."""
 NO_SAMPLING = "no sampling: the members are MAP fits, so there are no chains to judge"
 Members = Literal["all", "latest"] | int
+Inputs = tuple[TokenisedSet, TokenisedSet | None, HuggingFaceLora]
 
 
 def evaluate_run(
@@ -84,19 +95,15 @@ def evaluate_run(
     task = task_of(config)
     split = split or task.default_split
     progress.say(f"\nFound {len(full)} {_kind(full)} in {root}")
-    data, held_out, model = _inputs(config, full, split, setup, progress)
+    inputs = _inputs(config, full, split, setup, progress)
     progress.say(f"Evaluating ensemble of {len(chosen)} {_kind(full)} on {split}...")
-    predictions, starts = chosen.predict_set(model, data, tolerance), map_ensemble(root)
-    same = starts.records == chosen.records and tolerance is None  # nothing was sampled
-    map_predictions = predictions if same else starts.predict_set(model, data)
-    held = None if held_out is None else starts.predict_set(model, held_out)
-    regression = task.likelihood == "gaussian"
+    given = predicted(root, task, chosen, inputs, tolerance)
+    predictions = given.members
     figures = {
         "task": task.name,
         "split": split,
         "n": len(predictions),
-        **_compare(task.metrics, regression, predictions, map_predictions, held),
-        "uncertainty": evaluation.uncertainty(regression, predictions),
+        **figures_of(given),
         **evaluation.against_truth(predictions),
         "diagnostics": _diagnostics(root, full),
         "parameters": evaluation.parameter_statistics(chain_norm(chosen.state()).numpy()),
@@ -107,20 +114,22 @@ def evaluate_run(
         **_stated(full.provenance.sampler),
     }
     if len(chosen) == len(full) and tolerance is None:
-        store = partial(_store, root, split, task.default_split, predictions, figures)
-        _store_alone(root, store, progress) if setup is None else store()
+        store = partial(store_figures, root, split, task.default_split, predictions, figures)
+        store_alone(root, store, progress) if setup is None else store()
     for line in _lines(figures, full):
         progress.say(line)
     return figures
 
 
-def _store(root: Path, split: str, usual: str, predictions: Predictions, figures: Figures) -> None:
+def store_figures(
+    root: Path, split: str, usual: str, predictions: Predictions, figures: Figures
+) -> None:
     folder = RunFolder(root)
-    folder.write_predictions(split, _arrays(predictions))
+    folder.write_predictions(split, {**_arrays(predictions), "split": np.array(split)})
     folder.write_metrics(split, usual, figures)
 
 
-def _store_alone(root: Path, store: Callable[[], None], progress: Progress) -> None:
+def store_alone(root: Path, store: Callable[[], None], progress: Progress) -> None:
     """Never beside a process that writes the run: its own figures come later and stay."""
     try:
         with locked(root):
@@ -143,7 +152,7 @@ def _choose(full: Ensemble, members: Members) -> Ensemble:
 
 def _inputs(
     config: Config, full: Ensemble, split: str, setup: Setup | None, progress: Progress
-) -> tuple[TokenisedSet, TokenisedSet | None, HuggingFaceLora]:
+) -> Inputs:
     """The split and the held-out share as tokens, and the model."""
     task = task_of(config)
     folder, length = data_folder(config), config.data.max_length
@@ -164,22 +173,42 @@ def _inputs(
     return TokenisedSet(examples, tokenizer, length, default_folder()), held, model
 
 
-def _compare(
-    own: tuple[str, ...],
-    regression: bool,
-    predictions: Predictions,
-    starts: Predictions,
-    held: Predictions | None,
-) -> Figures:
-    map_rows = evaluation.evaluate_members(own, regression, starts)
-    scaled = evaluation.temperature_scaled(own, regression, starts, held)
-    ensemble = evaluation.evaluate(own, regression, predictions)
+def predicted(
+    root: Path, task: TaskSpec, chosen: Ensemble, inputs: Inputs, tolerance: float | None
+) -> Given:
+    """Predictions of the members and of all the fits that the run keeps."""
+    data, held_out, model = inputs
+    starts, kinds = map_ensemble(root), other_starts(root)
+    members = chosen.predict_set(model, data, tolerance)
+    nothing_sampled = starts.records == chosen.records and tolerance is None
+
+    def fits(of: Ensemble, on: Predictions | None = None) -> Fits:
+        held = None if held_out is None else of.predict_set(model, held_out)
+        return Fits(of.predict_set(model, data) if on is None else on, held)
+
+    own = fits(starts, members if nothing_sampled else None)
+    others = {
+        kind: own if other.records == starts.records else fits(other)
+        for kind, other in kinds.items()
+    }
+    regression = task.likelihood == "gaussian"
+    return Given(
+        task.metrics, regression, members, chosen.chains, own, others, why_no_other_starts(root)
+    )
+
+
+def figures_of(given: Given) -> Figures:
+    """The rows, and what is said of the ensemble beside its starts."""
+    regression, starts, p = given.regression, given.starts.on, given.members
+    curve: Figures = {"cumulative": None, "cumulative_reason": evaluation.LEFT_OUT}
+    if not evaluation.left_out(p):
+        curve = {"cumulative": cumulative(regression, p, len(np.unique(given.chains)))}
     return {
-        "map": evaluation.mean_and_sd(map_rows),
-        "map_ensemble": evaluation.evaluate(own, regression, starts),
-        "map_temperature_scaled": scaled,
-        "single": evaluation.single_members(own, regression, predictions),
-        "ensemble": {**ensemble, "k": predictions.num_members},
+        **rows(given),
+        "uncertainty": evaluation.uncertainty(regression, p),
+        "calibration": diagrams.calibration_figures(regression, starts, p),
+        "selective": diagrams.selective_figures(regression, starts, p),
+        **curve,
     }
 
 
@@ -212,12 +241,14 @@ def run_diagnostics(root: Path, dropped: list[Figures]) -> Figures:
 
     run = read_json(root / "run.json", "run")
     lost = [drop["chain"] for drop in dropped]
-    rows, starts = (
+    traces, starts = (
         None if given is None else {name: np.delete(x, lost, axis=0) for name, x in given.items()}
         for given in (read_traces(root), read_starts(root))
     )
-    figures = diagnostics.summarise(rows or {}, starts)
-    figures |= {"dropped_chains": dropped, "departures": run.get("departures")}
+    judged = diagnostics.summarise(
+        traces or {}, starts, verdict_on=lambda name: not name.startswith(RAW)
+    )
+    figures = judged | {"dropped_chains": dropped, "departures": run.get("departures")}
     if figures["departures"] is None:
         figures["departures_reason"] = f"burn-in has fewer than {2 * LEAST} steps"
     figures["t_eff"] = run.get("t_eff")

@@ -12,7 +12,7 @@ from scipy.special import logsumexp, softmax
 from scipy.stats import norm
 from sklearn.metrics import log_loss, matthews_corrcoef
 
-from bayesian_lora import evaluation
+from bayesian_lora.assessment import evaluation
 from bayesian_lora.predict import Predictions
 
 K, N = 4, 50
@@ -185,3 +185,36 @@ def test_norms_are_summed_up_as_the_seed_does() -> None:
     zero = evaluation.parameter_statistics(np.zeros(3))
     assert zero["norm_cv"] is None
     assert zero["norm_cv_reason"]
+
+
+def test_the_figures_in_full_begin_with_the_usual_ones() -> None:
+    for regression, p in ((False, predictions()), (True, scores())):
+        own = ("pearson",) if regression else ("accuracy", "f1")
+        usual = evaluation.evaluate(own, regression, p)
+        full = evaluation.evaluate_in_full(own, regression, p)
+        assert {name: full[name] for name in usual} == usual
+    density = norm(p.logits[..., 0], np.asarray(p.noise_std)[:, None])
+    below = p.weights @ density.cdf(p.labels)
+    assert full["coverage_0.9"] == np.mean(np.abs(below - 0.5) <= 0.45)
+    grid = np.linspace(-15.0, 20.0, 4001)[:, None, None]
+    steps = (p.weights[:, None] * density.cdf(grid)).sum(1) - (grid[:, 0] >= p.labels)
+    assert full["crps"] == pytest.approx((steps**2).sum(0).mean() * 35.0 / 4000, rel=1e-3)
+
+
+def test_the_parts_of_the_brier_score_add_up_to_it() -> None:
+    full = evaluation.evaluate_in_full((), False, predictions(classes=3))
+    parts = full["brier_reliability"] - full["brier_resolution"] + full["brier_uncertainty"]
+    assert parts + full["brier_within_bin"] == pytest.approx(full["brier"], rel=1e-12)
+    assert 0 < full["aurc"] < 1 - full["accuracy"]
+
+
+def test_scaling_leaves_all_but_the_logits() -> None:
+    p = predictions()
+    found = evaluation.scale(False, p, predictions(seed=1))
+    assert not isinstance(found, str)
+    scaled, temperatures = found
+    np.testing.assert_allclose(scaled.logits * np.array(temperatures)[:, None, None], p.logits)
+    assert len(set(temperatures)) == K
+    assert scaled.labels is p.labels
+    assert "Gaussian" in str(evaluation.scale(True, p, p))
+    assert "validation_share" in str(evaluation.scale(False, p, None))

@@ -4,15 +4,18 @@ reason beside it.
 Shapes: K members, M chains, N examples, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from bayesian_lora import metrics
 from bayesian_lora.predict import Predictions
+from bayesian_lora.scores import resampled_figures
 
 Figures = dict[str, Any]
+FiguresOf = Callable[[Sequence[str], bool, Predictions], Figures]
 
 
 def evaluate(own: Sequence[str], regression: bool, p: Predictions) -> Figures:
@@ -31,9 +34,33 @@ def evaluate(own: Sequence[str], regression: bool, p: Predictions) -> Figures:
     return metrics.classification_metrics(log_probs, p.labels, extra)
 
 
-def evaluate_members(own: Sequence[str], regression: bool, p: Predictions) -> list[Figures]:
+def evaluate_in_full(own: Sequence[str], regression: bool, p: Predictions) -> Figures:
+    """The figures of `evaluate` and those that stand beside them in a run's `metrics.json`.
+
+    Classification: adaptive_ece (15 bins of equal mass), classwise_ece, the parts of the Brier
+    score (`calibration`), and aurc: the area under risk–coverage where what has the most
+    predictive entropy is left unanswered first. Regression: crps in the label's unit, and the
+    share of labels in central intervals, coverage_0.5, coverage_0.9, coverage_0.95.
+    """
+    extra = tuple(name for name in own if name != "accuracy")
+    if regression:
+        assert p.noise_std is not None
+        means = p.logits[..., 0]
+        return resampled_figures.regression_figures(means, p.noise_std, p.weights, p.labels, extra)
+    log_probs = metrics.ensemble_log_probs(p.logits, p.weights)
+    return resampled_figures.classification_figures(log_probs, p.labels, extra)
+
+
+def evaluate_members(
+    own: Sequence[str], regression: bool, p: Predictions, of: FiguresOf = evaluate
+) -> list[Figures]:
     """The figures of each member alone."""
-    return [evaluate(own, regression, member(p, k)) for k in range(p.num_members)]
+    return [of(own, regression, one) for one in alone(p)]
+
+
+def alone(p: Predictions) -> list[Predictions]:
+    """Each member as an ensemble of one."""
+    return [member(p, k) for k in range(p.num_members)]
 
 
 LEFT_OUT = (
@@ -53,6 +80,36 @@ def single_members(own: Sequence[str], regression: bool, p: Predictions) -> Figu
         return mean_and_sd(evaluate_members(own, regression, p))
     names = [n for n in evaluate(own, regression, p) if not n.endswith("_reason")]
     return {name: {"mean": None, "sd": None, "reason": LEFT_OUT} for name in names}
+
+
+def single_draws(
+    own: Sequence[str], regression: bool, p: Predictions, chains: np.ndarray
+) -> Figures:
+    """As `single_members` of `evaluate_in_full`, with ``mcse``: the Monte Carlo standard error of
+    the mean over draws (`diagnostics.mcse_mean`), which knows that draws of a chain are alike.
+
+    Args:
+        chains: the number of each member's chain (K,), the members in the order of their draws.
+            Where chains have unequal numbers of draws the first of each are used.
+    """
+    if left_out(p):
+        names = [n for n in evaluate_in_full(own, regression, p) if not n.endswith("_reason")]
+        missing = dict.fromkeys(("mean", "sd", "mcse"))
+        return {name: {**missing, "reason": LEFT_OUT} for name in names}
+    from bayesian_lora import diagnostics  # with SciPy's statistics, which are felt
+
+    rows = evaluate_members(own, regression, p, evaluate_in_full)
+    figures = mean_and_sd(rows)
+    by_chain = [np.flatnonzero(chains == chain) for chain in np.unique(chains)]
+    draws = min(map(len, by_chain))
+    order = np.array([members[:draws] for members in by_chain])
+    for name, spread in figures.items():
+        if spread["mean"] is None:
+            spread["mcse"] = None
+            continue
+        trace = np.array([row[name] for row in rows], dtype=np.float64)[order]
+        spread |= diagnostics.mcse_mean(trace).figures("mcse")
+    return figures
 
 
 def member(p: Predictions, k: int) -> Predictions:
@@ -81,28 +138,52 @@ def _spread(values: Sequence[float | None], reason: str | None) -> Figures:
     return {"mean": float(np.mean(known)), "sd": float(np.std(known, ddof=1))}
 
 
+NO_CLASSES = "a Gaussian likelihood has no softmax temperature; its noise scale is fitted"
+NOT_HELD_OUT = "no data held out of train to fit it on: set data.validation_share"
+
+
+def scale(
+    regression: bool, p: Predictions, held_out: Predictions | None
+) -> tuple[Predictions, list[float]] | str:
+    """Every member with the temperature that fits it best on held-out data (Guo et al. 2017).
+
+    Returns:
+        The members with their logits divided by their temperatures, and these (K,); or why not:
+        a regression, or no held-out data.
+    """
+    if regression:
+        return NO_CLASSES
+    if held_out is None:
+        return NOT_HELD_OUT
+    found = [metrics.temperature_scale(logits, held_out.labels) for logits in held_out.logits]
+    return replace(p, logits=p.logits / np.array(found)[:, None, None]), found
+
+
 def temperature_scaled(
     own: Sequence[str], regression: bool, p: Predictions, held_out: Predictions | None
 ) -> Figures:
-    """Each warm start with its temperature fitted on held-out data (Guo et al. 2017): means.
+    """Each warm start with its temperature fitted on held-out data (`scale`): means.
 
     Without held-out data, or for regression, every figure is null with the reason.
     """
-    reason = None
-    if regression:
-        reason = "a Gaussian likelihood has no softmax temperature; its noise scale is fitted"
-    elif held_out is None:
-        reason = "no data held out of train to fit it on: set data.validation_share"
-    if reason is not None or held_out is None:
-        names = ("accuracy", "nll", "ece", "brier", "temperature")
-        return {**dict.fromkeys(names), "reason": reason}
-    rows = []
-    for k in range(p.num_members):
-        t = metrics.temperature_scale(held_out.logits[k], held_out.labels)
-        scaled = Predictions(p.logits[k : k + 1] / t, p.labels, np.ones(1), p.example_id)
-        rows.append({**evaluate(own, regression, scaled), "temperature": t})
+    scaled = scale(regression, p, held_out)
+    if isinstance(scaled, str):
+        return no_temperature(scaled)
+    members, temperatures = scaled
+    return scaled_means([evaluate(own, False, one) for one in alone(members)], temperatures)
+
+
+def no_temperature(reason: str) -> Figures:
+    """The figures of fits that could not be scaled: null."""
+    names = ("accuracy", "nll", "ece", "brier", "temperature")
+    return {**dict.fromkeys(names), "reason": reason}
+
+
+def scaled_means(rows: Sequence[Figures], temperatures: Sequence[float]) -> Figures:
+    """Means of the figures of members that `scale` has made, and of their temperatures."""
     figures: Figures = {}
-    for name, spread in mean_and_sd(rows).items():
+    each = [{**row, "temperature": t} for row, t in zip(rows, temperatures, strict=True)]
+    for name, spread in mean_and_sd(each).items():
         figures[name] = spread["mean"]
         if "reason" in spread:
             figures[f"{name}_reason"] = spread["reason"]

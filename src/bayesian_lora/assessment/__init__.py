@@ -1,0 +1,1 @@
+"""From predictions to what is reported of a run."""

@@ -1,0 +1,105 @@
+"""Reliability and risk–coverage of MAP and ensemble, as `metrics.json` holds them.
+
+Shapes: K members, M chains, N examples, C classes, B bins.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bayesian_lora.assessment.evaluation import alone
+from bayesian_lora.metrics import ECE_BINS, Array, uncertainty_per_example
+from bayesian_lora.predict import Predictions
+from bayesian_lora.scores import calibration, selective
+from bayesian_lora.scores.calibration import Bins
+
+Figures = dict[str, Any]
+
+POINTS = 100
+"""Of a risk–coverage curve at most; fewer examples give one each."""
+COVERAGES = (0.5, 0.8, 0.9, 0.95)
+SCORE = "predictive_entropy"
+SEED = 0
+"""Of the labels that a calibrated model would draw: the same predictions, the same figures."""
+REGRESSION = "a regression has no classes"
+
+
+def calibration_figures(regression: bool, starts: Predictions, p: Predictions) -> Figures:
+    """Reliability diagrams, and the ECE that a calibrated model would score at this N.
+
+    Args:
+        starts: of the warm starts (M, N, C); each answers alone and all their answers share the
+            diagram ``map``.
+        p: of the ensemble (K, N, C).
+
+    Returns:
+        ``bins``; ``expected_ece`` {mean, sd} of a model with the ensemble's probabilities whose
+        labels are drawn from them; ``reliability`` {map, ensemble}: ``edges`` (B+1,), ``count``,
+        ``confidence``, ``accuracy`` (B,) of the top label, null where a bin is empty.
+    """
+    if regression:
+        names = ("bins", "expected_ece", "reliability")
+        return {**dict.fromkeys(names), "reason": REGRESSION}
+    each = [one.probs for one in alone(starts)]
+    pooled = calibration.reliability(np.concatenate(each), np.tile(p.labels, len(each)))
+    expected = calibration.expected_ece(p.probs, np.random.default_rng(SEED))
+    own = calibration.reliability(p.probs, p.labels)
+    return {
+        "bins": ECE_BINS,
+        "expected_ece": expected,
+        "reliability": {"map": _diagram(pooled), "ensemble": _diagram(own)},
+    }
+
+
+def selective_figures(regression: bool, starts: Predictions, p: Predictions) -> Figures:
+    """Risk where only the surest share of the examples is answered (`selective`).
+
+    Args and shapes as in `calibration_figures`.
+
+    Returns:
+        ``score``: what is doubted by; ``coverage``: at most `POINTS` shares; ``risk`` {map,
+        ensemble}: the share of wrong answers at each, of MAP the mean over the warm starts;
+        ``accuracy_at``: of the ensemble, and ``map_accuracy_at``, at `COVERAGES`.
+    """
+    if regression:
+        names = ("score", "coverage", "risk", "accuracy_at", "map_accuracy_at")
+        return {**dict.fromkeys(names), "reason": REGRESSION}
+    each, own = [doubt(one) for one in alone(starts)], doubt(p)
+    n = len(p)
+    points = min(n, POINTS)
+    kept = -(-np.arange(1, points + 1) * n // points)
+    curves = [selective.risk_coverage(*one)[1][kept - 1] for one in each]
+    return {
+        "score": SCORE,
+        "coverage": (kept / n).tolist(),
+        "risk": {
+            "map": np.mean(curves, axis=0).tolist(),
+            "ensemble": selective.risk_coverage(*own)[1][kept - 1].tolist(),
+        },
+        "accuracy_at": selective.accuracy_at(*own, COVERAGES),
+        "map_accuracy_at": _means([selective.accuracy_at(*one, COVERAGES) for one in each]),
+    }
+
+
+def doubt(p: Predictions) -> tuple[Array, np.ndarray]:
+    """The mixture's predictive entropy (N,) in nats, and whether its answer is wrong (N,)."""
+    entropy = uncertainty_per_example(p.logits, p.weights)["predictive_entropy"]
+    return entropy, p.probs.argmax(axis=1) != p.labels
+
+
+def _diagram(bins: Bins) -> Figures:
+    return {
+        "edges": bins.edges.tolist(),
+        "count": bins.count.astype(int).tolist(),
+        "confidence": _known(bins.confidence),
+        "accuracy": _known(bins.accuracy),
+    }
+
+
+def _known(values: Array) -> list[float | None]:
+    return [float(x) if np.isfinite(x) else None for x in values]
+
+
+def _means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

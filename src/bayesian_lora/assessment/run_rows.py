@@ -1,0 +1,159 @@
+"""The rows of a run's `metrics.json`: forms of MAP, single members, the ensemble.
+
+What stands beside an ensemble are the strongest simple things that its warm starts already give:
+the fits of the last epoch and the early-stopped ones, each also with its temperature fitted, and
+the deep ensemble of them.
+
+Shapes: K members, M chains, N examples.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bayesian_lora.assessment import evaluation
+from bayesian_lora.assessment.evaluation import Figures
+from bayesian_lora.assessment.standard_errors import SEED, standard_errors
+from bayesian_lora.predict import Predictions
+from bayesian_lora.scores import calibration
+
+KINDS = ("last", "early_stopped")
+"""Of warm starts: see `ensemble.other_starts`."""
+SCALED = "temperature_scaled"
+MOST = 20
+"""Members, spread evenly, whose mean's standard error over examples stands for that of all."""
+EXPECTED_REPLICATES = 200
+"""Of the ECE that a calibrated model would score: its mean is then known to a 14th of its sd."""
+NOT_KEPT = "the run keeps no such fits"
+
+Row = list[Predictions] | str
+"""The predictors whose figures a row is the mean of, or why there is no such row."""
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What MAP fits predict: on the examples evaluated, and on those held out of train.
+
+    on: logits (M, N, C); held_out: None where nothing was held out.
+    """
+
+    on: Predictions
+    held_out: Predictions | None
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the rows are made of.
+
+    own: the task's own metrics; members: of the ensemble, in the order of their draws;
+    chains: the number of each member's chain (K,); starts: the fits that sampling began from;
+    others: by kind (`KINDS`), one of them the starts themselves (the same object);
+    reason: why a kind is missing.
+    """
+
+    own: tuple[str, ...]
+    regression: bool
+    members: Predictions
+    chains: np.ndarray
+    starts: Fits
+    others: Mapping[str, Fits] = field(default_factory=dict)
+    reason: str | None = None
+
+
+def rows(given: Given) -> Figures:
+    """Every row, the standard errors of all and of the ensemble's differences from the others.
+
+    Returns:
+        ``map``, ``map_last``, ``map_early_stopped`` and ``single``: {figure: {mean, sd}}, of single
+        members ``mcse`` too; ``map_temperature_scaled``, ``map_<kind>_temperature_scaled``: means
+        over the fits; ``map_ensemble``, ``ensemble``: figures; ``standard_errors``. In all but
+        ``single`` ``expected_ece`` is the ECE that a model would score here whose probabilities
+        are these and right. A row that there is not is null with ``<row>_reason``.
+    """
+    work = _Work(given)
+    names = {f"map_{kind}": given.others.get(kind) for kind in KINDS}
+    found: Figures = {
+        "map": work.spread(given.starts),
+        "map_ensemble": work.figures(given.starts.on),
+        f"map_{SCALED}": work.scaled(given.starts)[1],
+    }
+    predictors: dict[str, Row] = {
+        "map": work.alone(given.starts.on),
+        "map_ensemble": [given.starts.on],
+        f"map_{SCALED}": work.scaled(given.starts)[0],
+    }
+    for name, fits in names.items():
+        for key in (name, f"{name}_{SCALED}"):
+            if fits is None:
+                reason = given.reason or NOT_KEPT
+                found |= {key: None, f"{key}_reason": reason}
+                predictors[key] = reason
+            elif key == name:
+                found[key], predictors[key] = work.spread(fits), work.alone(fits.on)
+            else:
+                predictors[key], found[key] = work.scaled(fits)
+    ensemble = {**work.figures(given.members), "k": given.members.num_members}
+    found |= {"single": work.single(), "ensemble": ensemble}
+    predictors |= {"single": work.some_members(), "ensemble": [given.members]}
+    pairs = [("ensemble", row) for row in predictors if row not in ("ensemble", "single")]
+    errors = standard_errors(given.own, given.regression, predictors, pairs)
+    return {**found, "standard_errors": errors}
+
+
+class _Work:
+    """Figures of predictors, each computed once however many rows show it."""
+
+    def __init__(self, given: Given) -> None:
+        self.given = given
+        # By identity: arrays have no hash, and all of these live as long as this does.
+        self._alone: dict[int, list[Predictions]] = {}
+        self._scaled: dict[int, tuple[Row, Figures]] = {}
+        self._figures: dict[int, Figures] = {}
+
+    def alone(self, p: Predictions) -> list[Predictions]:
+        """Each member as a predictor."""
+        if id(p) not in self._alone:
+            self._alone[id(p)] = evaluation.alone(p)
+        return self._alone[id(p)]
+
+    def figures(self, p: Predictions) -> Figures:
+        """Of the mixture."""
+        if id(p) not in self._figures:
+            regression = self.given.regression
+            found = evaluation.evaluate_in_full(self.given.own, regression, p)
+            if not regression:
+                rng = np.random.default_rng(SEED)
+                expected = calibration.expected_ece(p.probs, rng, EXPECTED_REPLICATES)
+                found["expected_ece"] = expected["mean"]
+            self._figures[id(p)] = found
+        return self._figures[id(p)]
+
+    def spread(self, fits: Fits) -> Figures:
+        """{figure: {mean, sd}} over the fits."""
+        return evaluation.mean_and_sd([self.figures(p) for p in self.alone(fits.on)])
+
+    def scaled(self, fits: Fits) -> tuple[Row, Figures]:
+        """The fits with their temperatures, and the means of their figures."""
+        if id(fits) not in self._scaled:
+            found = evaluation.scale(self.given.regression, fits.on, fits.held_out)
+            if isinstance(found, str):
+                self._scaled[id(fits)] = found, evaluation.no_temperature(found)
+            else:
+                members = self.alone(found[0])
+                rows = [self.figures(p) for p in members]
+                self._scaled[id(fits)] = list(members), evaluation.scaled_means(rows, found[1])
+        return self._scaled[id(fits)]
+
+    def single(self) -> Figures:
+        """{figure: {mean, sd, mcse}} over the ensemble's members."""
+        given = self.given
+        return evaluation.single_draws(given.own, given.regression, given.members, given.chains)
+
+    def some_members(self) -> Row:
+        """At most `MOST` of them, evenly spread."""
+        p = self.given.members
+        if evaluation.left_out(p):
+            return evaluation.LEFT_OUT
+        chosen = np.linspace(0, p.num_members - 1, min(MOST, p.num_members)).round().astype(int)
+        return [self.alone(p)[k] for k in chosen]

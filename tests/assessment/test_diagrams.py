@@ -1,0 +1,108 @@
+"""Reliability and risk–coverage as `metrics.json` holds them.
+
+Shapes: M chains, K members, N examples.
+"""
+
+import numpy as np
+import pytest
+
+from bayesian_lora.assessment import evaluation
+from bayesian_lora.assessment.diagrams import (
+    COVERAGES,
+    POINTS,
+    calibration_figures,
+    doubt,
+    selective_figures,
+)
+from bayesian_lora.predict import Predictions
+
+from .predictors import classifiers, gaussians, nulls_without_reason
+
+M, N = 3, 250
+
+
+@pytest.fixture
+def starts() -> Predictions:
+    return classifiers(M, N, scale=2.0)
+
+
+@pytest.fixture
+def members() -> Predictions:
+    return classifiers(5, N, seed=1)
+
+
+def test_the_diagrams_hold_every_answer_and_its_error(
+    starts: Predictions, members: Predictions
+) -> None:
+    found = calibration_figures(False, starts, members)
+    diagrams = found["reliability"]
+    for name, answers in (("map", M * N), ("ensemble", N)):
+        one = diagrams[name]
+        assert len(one["edges"]) == found["bins"] + 1 == 16
+        assert sum(one["count"]) == answers
+        filled = [
+            (a, c)
+            for a, c, k in zip(one["accuracy"], one["confidence"], one["count"], strict=True)
+            if k
+        ]
+        assert all(0 <= x <= 1 for pair in filled for x in pair)
+        empty = [one["accuracy"][b] for b, k in enumerate(one["count"]) if not k]
+        assert empty  # below one half a top label of two classes cannot lie
+        assert set(empty) == {None}
+    one = diagrams["ensemble"]
+    gaps = [
+        k * abs(a - c)
+        for a, c, k in zip(one["accuracy"], one["confidence"], one["count"], strict=True)
+        if k
+    ]
+    ece = evaluation.evaluate((), False, members)["ece"]
+    assert sum(gaps) / N == pytest.approx(ece)
+
+
+def test_the_expected_error_is_that_of_labels_drawn_from_the_probabilities(
+    starts: Predictions, members: Predictions
+) -> None:
+    expected = calibration_figures(False, starts, members)["expected_ece"]
+    rng = np.random.default_rng(5)
+    right = (rng.random((400, N)) > members.probs[:, 0]).astype(np.int64)
+    found = [
+        evaluation.evaluate(
+            (), False, Predictions(members.logits, y, members.weights, members.example_id)
+        )["ece"]
+        for y in right
+    ]
+    assert expected["mean"] == pytest.approx(np.mean(found), rel=0.1)
+    assert expected["sd"] == pytest.approx(np.std(found), rel=0.2)
+
+
+def test_risk_over_all_examples_is_the_error_rate(
+    starts: Predictions, members: Predictions
+) -> None:
+    found = selective_figures(False, starts, members)
+    assert found["score"] == "predictive_entropy"
+    assert len(found["coverage"]) == len(found["risk"]["map"]) == POINTS
+    assert found["coverage"][-1] == 1
+    accuracy = evaluation.evaluate((), False, members)["accuracy"]
+    assert found["risk"]["ensemble"][-1] == pytest.approx(1 - accuracy)
+    each = [row["accuracy"] for row in evaluation.evaluate_members((), False, starts)]
+    assert found["risk"]["map"][-1] == pytest.approx(1 - np.mean(each))
+    entropy, wrong = doubt(members)
+    kept = np.argsort(entropy)[: round(0.8 * N)]
+    assert found["accuracy_at"]["0.8"] == pytest.approx(1 - wrong[kept].mean())
+    assert [float(x) for x in found["map_accuracy_at"]] == list(COVERAGES)
+    assert found["accuracy_at"]["0.5"] > found["accuracy_at"]["0.95"]
+
+
+def test_the_area_is_that_of_the_curve() -> None:
+    p = classifiers(3, 80)
+    risk = selective_figures(False, p, p)["risk"]["ensemble"]
+    assert len(risk) == 80
+    assert np.mean(risk) == pytest.approx(evaluation.evaluate_in_full((), False, p)["aurc"])
+
+
+def test_a_regression_has_neither() -> None:
+    p = gaussians()
+    for found in (calibration_figures(True, p, p), selective_figures(True, p, p)):
+        assert nulls_without_reason(found) == []
+        assert "no classes" in found.pop("reason")
+        assert set(found.values()) == {None}

@@ -1,0 +1,128 @@
+"""The curve of the first k members: its figures, and from which k on they are enough.
+
+Shapes: K members, N examples.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from bayesian_lora.assessment import evaluation
+from bayesian_lora.assessment.ensemble_curve import POINTS, cumulative
+from bayesian_lora.predict import Predictions
+from bayesian_lora.scores.bootstrap import bootstrap_se
+
+from .predictors import classifiers, first, gaussians, nulls_without_reason
+
+WEIGHTS = np.array([0.4, 0.1, 0.2, 0.3])
+
+
+def losses(p: Predictions) -> np.ndarray:
+    """(N,) NLL of each example under the mixture."""
+    return -np.log(p.probs[np.arange(len(p)), p.labels])
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_each_point_is_the_mixture_of_the_first_members(regression: bool) -> None:
+    p = dataclasses.replace(gaussians() if regression else classifiers(), weights=WEIGHTS)
+    found = cumulative(regression, p)
+    assert found["k"] == [1, 2, 3, 4]
+    rows = [evaluation.evaluate((), regression, first(p, k)) for k in found["k"]]
+    assert found["nll"] == pytest.approx([row["nll"] for row in rows], rel=1e-12)
+    if regression:
+        assert found["accuracy"] is found["ece"] is None
+    else:
+        for name in ("accuracy", "ece"):
+            assert found[name] == pytest.approx([row[name] for row in rows], abs=1e-12)
+    assert nulls_without_reason(found) == []
+
+
+def test_differences_are_paired_and_their_error_is_the_bootstraps() -> None:
+    p = classifiers(k=3, n=300)
+    found = cumulative(False, p)
+    gap = losses(first(p, 1)) - losses(p)
+    assert found["difference"][0] == pytest.approx(gap.mean(), rel=1e-9)
+    drawn = bootstrap_se(
+        lambda index: {"gap": float(gap[index].mean())}, 300, np.random.default_rng(0), 2000
+    )
+    assert found["difference_se"][0] == pytest.approx(drawn["gap"], rel=0.1)
+    assert found["difference_se"][0] < found["enough"]["nll_se"]
+    assert found["enough"]["nll_se"] == pytest.approx(losses(p).std() / np.sqrt(300), rel=1e-9)
+    assert (found["difference"][-1], found["difference_se"][-1]) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_enough_is_where_no_later_difference_exceeds_its_error(seed: int) -> None:
+    p = classifiers(k=12, n=60, seed=seed)
+    enough = cumulative(False, p)["enough"]
+    gaps = [losses(first(p, k)) - losses(p) for k in range(1, 13)]
+    settled = [abs(g.mean()) <= g.std() / np.sqrt(60) for g in gaps]
+    expected = next(k for k in range(1, 13) if all(settled[k - 1 :]))
+    assert enough["k"] == (expected if expected < 12 else None)
+    assert enough["reason"]
+    within = [abs(g.mean()) <= losses(p).std() / np.sqrt(60) for g in gaps]
+    looser = next(k for k in range(1, 13) if all(within[k - 1 :]))
+    assert enough["k_within_nll_se"] == (looser if looser < 12 else None)
+
+
+def test_members_that_go_on_improving_are_never_enough() -> None:
+    """Each is surer of the right answer than the one before, on every example alike."""
+    labels = np.arange(50) % 2
+    logits = np.linspace(0.0, 3.0, 6)[:, None, None] * np.eye(2)[labels]
+    p = Predictions(logits, labels, np.full(6, 1 / 6), np.arange(50))
+    enough = cumulative(False, p)["enough"]
+    assert enough["k"] is enough["k_within_nll_se"] is None
+    assert "at 5 of 6 samples" in enough["reason"]
+    assert "draw more" in enough["reason"]
+    assert enough["k_within_nll_se_reason"]
+
+
+def test_alike_members_are_enough_from_the_first() -> None:
+    p = classifiers(k=1)
+    same = dataclasses.replace(p, logits=np.tile(p.logits, (5, 1, 1)), weights=np.full(5, 0.2))
+    assert cumulative(False, same)["enough"]["k"] == 1
+
+
+def test_only_whole_draws_of_all_chains_are_judged() -> None:
+    """Two chains in two modes: an odd number of members leans to one of them."""
+    p = classifiers(k=2, n=2000)
+    both = dataclasses.replace(p, logits=np.tile(p.logits, (4, 1, 1)), weights=np.full(8, 1 / 8))
+    worse = both.logits.copy()
+    worse[1::2] *= -0.5
+    both = dataclasses.replace(both, logits=worse)
+    assert cumulative(False, both, chains=2)["enough"]["k"] == 2
+    assert cumulative(False, both, chains=1)["enough"]["k"] is None
+
+
+def test_one_draw_a_chain_is_judged_member_by_member() -> None:
+    p = classifiers(k=4, n=60)
+    assert cumulative(False, p, chains=4)["enough"] == cumulative(False, p)["enough"]
+
+
+def test_many_members_are_looked_at_in_steps_of_whole_draws() -> None:
+    p = classifiers(k=330, n=5)
+    found = cumulative(False, p, chains=3)
+    ks = found["k"]
+    assert (ks[0], ks[-1]) == (1, 330)
+    assert POINTS / 2 < len(ks) <= POINTS + 2
+    assert all(k % 3 == 0 for k in ks[1:])
+    assert found["nll"][-1] == pytest.approx(losses(p).mean(), rel=1e-9)
+    assert found["nll"][10] == pytest.approx(losses(first(p, ks[10])).mean(), rel=1e-9)
+
+
+def test_members_without_weight_do_not_count() -> None:
+    p = dataclasses.replace(classifiers(), weights=np.array([0.0, 0.5, 0.0, 0.5]))
+    found = cumulative(False, p)
+    assert found["k"] == [1, 2]
+    assert found["nll"][0] == pytest.approx(losses(evaluation.member(p, 1)).mean())
+    assert found["nll"][1] == pytest.approx(losses(p).mean())
+
+
+@pytest.mark.parametrize(("k", "n", "part"), [(1, 20, "one sample"), (3, 1, "one example")])
+def test_too_little_to_say_what_is_enough(k: int, n: int, part: str) -> None:
+    found = cumulative(False, classifiers(k=k, n=n))
+    enough = found["enough"]
+    assert part in enough["reason"]
+    assert enough["k"] is enough["k_within_nll_se"] is enough["nll_se"] is None
+    assert len(found["nll"]) == k

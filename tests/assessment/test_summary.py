@@ -1,0 +1,130 @@
+"""What a person is shown of `metrics.json`: the table with its errors, and the lines below it.
+
+Shapes: M chains, K members, N examples.
+"""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bayesian_lora.assessment import diagrams, evaluation, summary
+from bayesian_lora.assessment.ensemble_curve import cumulative
+from bayesian_lora.assessment.run_rows import Fits, Given, rows
+
+from .predictors import classifiers, gaussians
+
+M, K, N = 2, 8, 150
+
+
+def metrics(regression: bool = False, n: int = N, **changes: Any) -> dict[str, Any]:
+    """The contents of `metrics.json` that are shown below its head."""
+    make = gaussians if regression else classifiers
+    starts, other = (Fits(make(M, n, seed=s), make(M, 60, seed=s)) for s in (1, 2))
+    members = make(K, n, seed=3)
+    own = ("pearson",) if regression else ("accuracy",)
+    kinds = {"last": other, "early_stopped": starts}
+    return {
+        "n": n,
+        **rows(Given(own, regression, members, np.arange(K) % M, starts, kinds)),
+        "uncertainty": evaluation.uncertainty(regression, members),
+        "calibration": diagrams.calibration_figures(regression, starts.on, members),
+        "selective": diagrams.selective_figures(regression, starts.on, members),
+        "cumulative": cumulative(regression, members, M),
+        "diagnostics": {"t_eff": 1.0, "verdict": "mixed", "reason": "all well"},
+        "temperature": 1.0,
+        "sampler": {"name": "sgld"},
+        **changes,
+    }
+
+
+def cells(m: dict[str, Any]) -> dict[str, list[str]]:
+    """{row: its columns}, errors with their values."""
+    head, *lines = summary.table_lines(m)
+    table = {"": head.split()}
+    for line in lines:
+        title, *row = re.split(r"\s{2,}", line)
+        table[title] = row
+    return table
+
+
+def test_the_table_shows_each_figure_with_its_error() -> None:
+    m = metrics()
+    found = cells(m)
+    assert found[""] == ["accuracy", "nll", "ece", "brier"]
+    for title, key in (("posterior ensemble of 8", "ensemble"), ("single sample (mean)", "single")):
+        value, error = found[title][1].split(" ± ")
+        nll = m[key]["nll"]
+        assert value == f"{nll['mean'] if key == 'single' else nll:.4f}"
+        assert float(error) == pytest.approx(m["standard_errors"][key]["nll"], abs=5e-5)
+        assert error.startswith(".")
+    lengths = {len(line) for line in summary.table_lines(m)}
+    assert len(lengths) == 1, "columns end together"
+
+
+def test_fits_that_sampling_did_not_start_from_have_a_row() -> None:
+    found = cells(metrics())
+    assert {"MAP (mean of warm starts)", "MAP, last epoch"} <= found.keys()
+    assert {"MAP, temperature-scaled", "MAP, last epoch, scaled"} <= found.keys()
+    assert not any("early-stopped" in title for title in found)
+    gone = cells(metrics(map_last=None, map_last_temperature_scaled=None))
+    assert not any("last epoch" in title for title in gone)
+
+
+def test_figures_without_an_error_stand_alone_and_one_missing_is_told() -> None:
+    one = metrics(n=1)
+    found = cells(one)
+    assert re.fullmatch(r"\d\.\d{4}", found["posterior ensemble of 8"][1])
+    older = metrics()
+    del older["standard_errors"], older["calibration"], older["selective"], older["cumulative"]
+    older["ensemble"].pop("aurc")
+    assert cells(older).keys() >= {"MAP (mean of warm starts)", "posterior ensemble of 8"}
+    closing = "\n".join(summary.closing_lines(older))
+    assert "Enough" not in closing
+    assert "perfectly calibrated" not in closing
+
+
+def test_what_is_said_below_the_table() -> None:
+    m = metrics()
+    closing = "\n".join(summary.closing_lines(m))
+    expected = m["calibration"]["expected_ece"]
+    assert f"would score ECE {expected['mean']:.4f} ± .{1e4 * expected['sd']:04.0f}" in closing
+    assert f"on {N} examples (ensemble {m['ensemble']['ece']:.4f})" in closing
+    assert f"Area under risk–coverage: {m['ensemble']['aurc']:.4f}" in closing
+    assert m["cumulative"]["enough"]["reason"] in closing
+
+
+def test_a_regression_is_shown_without_what_classes_need() -> None:
+    m = metrics(regression=True)
+    assert cells(m)[""] == ["pearson", "rmse", "nll", "crps"]
+    closing = "\n".join(summary.closing_lines(m))
+    assert "risk–coverage" not in closing
+    assert "perfectly calibrated" not in closing
+    assert "Enough samples" in closing
+    inside = m["ensemble"]["coverage_0.9"]
+    assert f"90 % intervals hold {inside:.1%} of the labels" in closing
+
+
+def test_large_errors_keep_their_width() -> None:
+    m = metrics()
+    m["standard_errors"]["ensemble"]["nll"] = 12.3456
+    assert "± 12.3" in summary.table_lines(m)[-1]
+
+
+@pytest.mark.parametrize("regression", [False, True])
+def test_the_ensemble_is_compared_with_the_simple_baselines(regression: bool) -> None:
+    m = metrics(regression)
+    lines = [x for x in summary.closing_lines(m) if x.startswith("Ensemble less ")]
+    titles = ["MAP (mean of warm starts)", "MAP, temperature-scaled", "MAP ensemble"]
+    if regression:
+        titles.remove("MAP, temperature-scaled")
+    assert len(lines) == len(titles)
+    for line, title in zip(lines, titles, strict=True):
+        assert line.startswith(f"Ensemble less {title}")
+    gap = m["ensemble"]["nll"] - m["map_ensemble"]["nll"]
+    error = m["standard_errors"]["differences"]["ensemble-map_ensemble"]["nll"]
+    assert f"NLL {gap:+.4f} ± {error:.4f}".replace("± 0.", "± .") in lines[-1]
+    assert not any(
+        "Ensemble less" in x for x in summary.closing_lines(m | {"sampler": {"name": "map"}})
+    )
