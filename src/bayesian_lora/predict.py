@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from bayesian_lora.data.batching import TokenisedSet
-from bayesian_lora.metrics import ensemble_probs
+from bayesian_lora.errors import InputError
+from bayesian_lora.metrics import ensemble_probs, uncertainty_per_example
 from bayesian_lora.models.chain_lora import ChainModel
 
 # Tokens of a member from which its own merged weights cost less than its updates beside others':
@@ -49,6 +50,79 @@ class Predictions:
     def probs(self) -> np.ndarray:
         """Class probabilities (N, C): the weighted mean of the members' probabilities."""
         return ensemble_probs(self.logits, self.weights)
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(N,) numbers of the most probable classes; of a regression the members' mean."""
+        if self.noise_std is not None or self.logits.shape[2] == 1:
+            return self.weights @ self.logits[..., 0].astype(np.float64)
+        return self.probs.argmax(axis=1)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(N,) the probability of the most probable class.
+
+        Raises:
+            InputError: of a regression, which has no classes.
+        """
+        self._need_classes("confidence")
+        return self.probs.max(axis=1)
+
+    @property
+    def uncertainty(self) -> dict[str, np.ndarray]:
+        """predictive_entropy, expected_entropy and mutual_information, each (N,), in nats.
+
+        See `metrics.uncertainty_per_example`. The last two need every member on every input: with
+        members left out (`members_used`) they are off.
+
+        Raises:
+            InputError: of a regression, which has no classes.
+        """
+        self._need_classes("uncertainty")
+        return uncertainty_per_example(self.logits, self.weights)
+
+    @property
+    def members_sd(self) -> np.ndarray:
+        """(N,) of a regression: the deviation of the members' means from `predicted`."""
+        means = self.logits[..., 0].astype(np.float64)
+        return np.sqrt(self.weights @ np.square(means - self.predicted))
+
+    @property
+    def sd(self) -> np.ndarray | None:
+        """(N,) of a regression's mixture: √(Σ_k w_k s_k² + members_sd²), in the label's unit.
+
+        None of members that carry no noise_std.
+        """
+        if self.noise_std is None:
+            return None
+        return np.sqrt(self.weights @ np.square(self.noise_std) + np.square(self.members_sd))
+
+    def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray] | None:
+        """(lower, upper), each (N,): the quantiles (1 ∓ level)/2 of a regression's mixture.
+
+        Found by bisection of its distribution function, in the label's unit. None of members that
+        carry no noise_std.
+        """
+        from scipy.special import ndtr
+
+        if self.noise_std is None:
+            return None
+        used = self.weights > 0
+        w, s = self.weights[used, None], self.noise_std[used, None]
+        m = self.logits[used, :, 0].astype(np.float64)
+        ends = []
+        for share in ((1 - level) / 2, (1 + level) / 2):
+            low, high = (m - 40 * s).min(0), (m + 40 * s).max(0)
+            for _ in range(80):
+                middle = (low + high) / 2
+                below = (w * ndtr((middle - m) / s)).sum(0) < share
+                low, high = np.where(below, middle, low), np.where(below, high, middle)
+            ends.append((low + high) / 2)
+        return ends[0], ends[1]
+
+    def _need_classes(self, what: str) -> None:
+        if self.noise_std is not None or self.logits.shape[2] == 1:
+            raise InputError(f"{what}: a regression has no classes; use predicted, sd or interval")
 
 
 def predict_logits(

@@ -1,12 +1,15 @@
 """Plots take their time: tests of words and tables do without; or their axes are looked at."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bayesian_lora.report import heatmaps
 from bayesian_lora.report import page as page_module
+from bayesian_lora.report.run_files import RunFiles, read_run
+from tests.report.finished_runs import write_run
 
 AxesOf = Callable[[Callable[[], object]], list[Any]]
 """Of what makes a plot of several panels, its axes."""
@@ -37,3 +40,16 @@ def axes_of(monkeypatch: pytest.MonkeyPatch) -> AxesOf:
         return found
 
     return call
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, not to be changed."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    write_run(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_files(run_folder: Path) -> RunFiles:
+    return read_run(run_folder)

@@ -127,6 +127,12 @@ def test_a_table_says_what_its_cells_are(page: Page) -> None:
     assert f"Not available: why {EVIL}." in "".join(reader.words)
 
 
+def test_a_long_text_has_a_wide_column() -> None:
+    rows = [[cell("a"), Cell("many words", number=False, long=True), cell(1.0)]]
+    found = read(Page("t", "l", [Section("s", "s", [Table("c", ["a", "b", "c"], rows)])]))
+    assert [td.get("class") for td in found.all("td")] == ["long", "n "]
+
+
 def test_light_and_dark(page: Page, picture: Picture) -> None:
     text = render(page)
     assert "@media screen and (prefers-color-scheme: dark)" in text

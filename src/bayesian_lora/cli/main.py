@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 
 from bayesian_lora import __version__
-from bayesian_lora.cli import compare, gate, retrain, sequential, similarity, stack, study
+from bayesian_lora.cli import (
+    compare,
+    gate,
+    ood,
+    predict,
+    report,
+    retrain,
+    sequential,
+    similarity,
+    stack,
+    study,
+)
 from bayesian_lora.errors import InputError
 
 app = typer.Typer(
@@ -88,6 +99,7 @@ def train(
     "bayesian-lora eval runs/demo --split shifted\n\n"
     "bayesian-lora eval configs/experiment_sst2_bert_sgld.yaml --k 10\n\n"
     "bayesian-lora eval runs/demo --tolerance 0.01\n\n"
+    f"{ood.EXAMPLES}\n\n"
     "bayesian-lora eval runs/stack-sst2-cola",
 )
 def evaluate(
@@ -99,19 +111,27 @@ def evaluate(
     single: Annotated[bool, typer.Option("--single", help="The latest sample alone.")] = False,
     split: Annotated[str | None, typer.Option(help="A split of the task by name.")] = None,
     tolerance: Annotated[float | None, typer.Option(metavar="P", help=ToleranceHelp)] = None,
+    foreign: Annotated[
+        str | None, typer.Option("--ood", metavar="NAME_OR_PATH", help=ood.HELP)
+    ] = None,
 ) -> None:
     """Evaluate a run's ensemble on a split, all samples by default; of a stack, all its tasks.
 
-    What --k, --single or --tolerance show is stored nowhere. A stack takes --split, data.dir=…
-    and device=… alone, a gated one data.dir=… and device=….
+    What --k, --single or --tolerance show is stored nowhere. With --ood, whether the run's
+    uncertainty tells another set from the split. A stack takes --split, data.dir=… and device=…
+    alone, a gated one data.dir=… and device=….
     """
     if single and k is not None:
         raise InputError(f"--k {k} and --single exclude each other: give one of them")
     if any((Path(run) / name).is_file() for name in STACK_FILES):
-        chosen = k is not None or single or tolerance is not None
+        chosen = k is not None or single or tolerance is not None or foreign is not None
         _evaluate_stack(run, overrides or (), split, chosen)
         return
     root, data_dir, device = _locate(run, overrides or ())
+    if foreign is not None:
+        given: dict[str, object] = {"k": k, "single": single, "tolerance": tolerance}
+        ood.evaluate_ood(root, foreign, split=split, chosen=given, data_dir=data_dir, device=device)
+        return
     from bayesian_lora.experiment.evaluate import evaluate_run
 
     members = "latest" if single else (k if k is not None else "all")
@@ -153,6 +173,8 @@ def verify(
 
 
 app.command(epilog=compare.EPILOG)(compare.compare)
+app.command(epilog=predict.EPILOG)(predict.predict)
+app.command(epilog=report.EPILOG)(report.report)
 app.command(epilog=stack.EPILOG)(stack.stack)
 app.command(epilog=retrain.EPILOG)(retrain.retrain)
 app.command(epilog=gate.EPILOG)(gate.gate)
@@ -165,7 +187,7 @@ def _evaluate_stack(run: str, overrides: Sequence[str], split: str | None, chose
     """Every task that a stack carries; `chosen`: whether members were."""
     if chosen:
         raise InputError(
-            f"{run}: a stack; --k, --single and --tolerance are for runs, leave them out"
+            f"{run}: a stack; --k, --single, --tolerance and --ood are for runs, leave them out"
         )
     if bare := [item for item in overrides if "=" not in item]:
         raise InputError(f"{bare[0]!r}: an override is KEY=VALUE, such as device=cpu")

@@ -1,16 +1,19 @@
 """One offline HTML file: sections of text, tables and figures under a navigation.
 
-The page holds no script and asks for nothing: its pictures are data, its policy refuses the rest.
-Every text is escaped by the template.
+The page asks for nothing: its pictures are data, its policy refuses the rest. Without a chart it
+holds no script; with one it holds those that draw it, and runs no others. Every text is escaped by
+the template.
 """
 
 import base64
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from bayesian_lora.report.drawing import drawing
 from bayesian_lora.utils.files import write_atomic
 
 THEMES: Mapping[str, Mapping[str, Any]] = {
@@ -36,13 +39,15 @@ MISSING = "not available"
 class Cell:
     """A table's cell: what is shown, and why where it is not available.
 
-    `tone` marks it: "good", "bad", or "" for neither; never the only carrier of a meaning.
+    `tone` marks it: "good", "bad", or "" for neither; never the only carrier of a meaning. `long`
+    is of a text that needs a wide column.
     """
 
     text: str
     reason: str = ""
     tone: str = ""
     number: bool = True
+    long: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,26 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """A plotly figure (`report.charts` makes them); `text` says what it shows, `numbers` holds it.
+
+    `figure` is {"data": [...], "layout": {...}}; the page's style sheet colours text and grid.
+    """
+
+    figure: Mapping[str, Any]
+    text: str
+    caption: str
+    numbers: Table
+    kind: ClassVar[str] = "chart"
+
+    @property
+    def json(self) -> str:
+        """The figure as JSON that can stand inside a script element."""
+        text = json.dumps(self.figure, allow_nan=False, separators=(",", ":"))
+        return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@dataclass(frozen=True)
 class Missing:
     """What the section cannot show, and why."""
 
@@ -109,7 +134,7 @@ class Missing:
     kind: ClassVar[str] = "missing"
 
 
-Block = Text | Code | Table | Picture | Missing
+Block = Text | Code | Table | Picture | Chart | Missing
 
 
 @dataclass(frozen=True)
@@ -155,8 +180,14 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def render(page: Page) -> str:
-    """The page as HTML."""
+    """The page as HTML.
+
+    Raises:
+        InputError: it has charts and plotly is not installed.
+    """
     import jinja2
+
+    charts = any(block.kind == "chart" for section in page.sections for block in section.blocks)
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bayesian_lora.report", "templates"),
@@ -165,7 +196,9 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2").render(page=page)
+    return environment.get_template("page.html.j2").render(
+        page=page, drawing=drawing() if charts else None
+    )
 
 
 def write(path: Path, page: Page) -> None:

@@ -1,0 +1,136 @@
+"""The report of a comparison: its table, each cell beside its baselines, and what it cost."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bayesian_lora.report.charts import Panel, Series, chart
+from bayesian_lora.report.page import Block, Chart, Missing, Page, Section, Table, Text, cell
+from bayesian_lora.report.record import listed
+from bayesian_lora.report.run_figures import NAMES, figure, standard_error, verdict, with_error
+from bayesian_lora.report.run_files import AGAIN, RunFiles
+
+Row = Mapping[str, Any]
+
+PLOTTED = ("nll", "ece", "accuracy", "pearson")
+APART = 0.16
+"""Of the distance between cells."""
+KINDS = {
+    "ensemble": "posterior ensemble",
+    "map": "MAP",
+    "map_temperature_scaled": "MAP, temperature-scaled",
+    "map_ensemble": "deep ensemble",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A comparison: `table`, a row a cell; the finished `cells`' files by name; `notes`.
+
+    missing: why a cell's files cannot be read, by name.
+    """
+
+    axes: Mapping[str, Sequence[str]]
+    table: Sequence[Row]
+    notes: Sequence[str]
+    cells: Mapping[str, RunFiles]
+    missing: Mapping[str, str]
+
+
+def comparison_page(found: Compared, name: str) -> Page:
+    """The page of a comparison."""
+    varied = listed(f"{key} ({len(values)} values)" for key, values in found.axes.items())
+    return Page(
+        f"{name}: comparison",
+        f"{len(found.table)} cells over {varied or 'nothing'}, {len(found.cells)} of them "
+        "finished and evaluated.",
+        [_table(found), _forest(found), _words(found)],
+        "Made by bayesian-lora from the files of the comparison's folder alone.",
+    )
+
+
+def _table(found: Compared) -> Section:
+    columns = list(found.table[0]) if found.table else []
+    blocks: list[Block] = [Missing("Table", "the comparison has no cells")]
+    if columns:
+        why = "this cell has no such figure, or is not finished"
+        rows = [[cell(row[c], reason=why) for c in columns] for row in found.table]
+        blocks = [Table("Cells", [c.replace("_", " ") for c in columns], rows)]
+    return Section("Table", "table", [*blocks, *(Text(note) for note in found.notes)])
+
+
+def _forest(found: Compared) -> Section:
+    """NLL, ECE and accuracy of every cell and its baselines, with standard errors."""
+    title = "Cells beside their baselines"
+    names = [
+        n
+        for n in PLOTTED
+        if any(figure(f.metrics.get("ensemble"), n) is not None for f in found.cells.values())
+    ]
+    if not names:
+        return Section(title, "forest", [Missing("Chart", "no cell is finished and evaluated")])
+    blocks: list[Block] = [forest_chart(found.cells, n) for n in names]
+    blocks.append(_errors(found.cells, names))
+    return Section(title, "forest", blocks)
+
+
+def forest_chart(cells: Mapping[str, RunFiles], name: str) -> Chart:
+    """A row a cell, a mark a kind of model, bars of one standard error."""
+    series = []
+    for place, (kind, title) in enumerate(KINDS.items()):
+        known = {
+            c: x for c, f in cells.items() if (x := figure(f.metrics.get(kind), name)) is not None
+        }
+        if known:
+            errors = [standard_error(cells[c], kind, name) for c in known]
+            # Kinds stand a little apart, or their bars would hide one another.
+            rung = (place - (len(KINDS) - 1) / 2) * APART
+            points = list(known.values()), [list(cells).index(c) + rung for c in known]
+            series.append(Series(title, *points, "points", place, place, errors, "x"))
+    best = figure_order(cells, name)[0]
+    lead = figure(cells[best].metrics["ensemble"], name)
+    rows = []
+    for c, files in cells.items():
+        found = [
+            (figure(files.metrics.get(k), name), standard_error(files, k, name)) for k in KINDS
+        ]
+        reason = f"no {NAMES[name]} of this kind: {AGAIN}"
+        rows.append([cell(c), *(with_error(x, error, reason) for x, error in found)])
+    way = "lower is better" if name in ("nll", "ece") else "higher is better"
+    return chart(
+        series,
+        [Panel(f"{NAMES[name]} ({way})", "", y_names=list(cells))],
+        text=f"{NAMES[name]} of {len(cells)} cells; the best posterior ensemble is {best}'s, "
+        f"{lead:.4f}.",
+        caption=f"{NAMES[name]} of each cell; bars are one standard error over examples.",
+        numbers=Table(f"{NAMES[name]} by cell", ["Cell", *KINDS.values()], rows),
+        panel_height=max(130, 56 * len(cells)),
+    )
+
+
+def figure_order(cells: Mapping[str, RunFiles], name: str) -> list[str]:
+    """Cells from the best posterior ensemble to the worst."""
+    known = {
+        c: x for c, f in cells.items() if (x := figure(f.metrics.get("ensemble"), name)) is not None
+    }
+    return sorted(known, key=lambda c: known[c], reverse=name not in ("nll", "ece"))
+
+
+def _errors(cells: Mapping[str, RunFiles], names: Sequence[str]) -> Block:
+    """Cells without standard errors, said once."""
+    bare = [c for c, f in cells.items() if standard_error(f, "ensemble", names[0]) is None]
+    if not bare:
+        return Text(
+            "The cells answered the same examples, so differences between them are surer than the "
+            "bars alone show."
+        )
+    return Missing(f"Standard errors of {listed(bare)}", AGAIN)
+
+
+def _words(found: Compared) -> Section:
+    """Each cell's verdict in words."""
+    blocks: list[Block] = []
+    for name, files in found.cells.items():
+        blocks.append(Text(f"{name}: {' '.join(verdict(files))}"))
+    blocks += [Missing(name, why) for name, why in found.missing.items()]
+    return Section("Cell by cell", "cells", blocks or [Missing("Cells", "none is finished yet")])

@@ -1,0 +1,230 @@
+"""Sections of a run's report: calibration, selective prediction, how many samples are enough."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bayesian_lora.report.charts import Panel, Series, chart
+from bayesian_lora.report.page import Block, Chart, Missing, Section, Table, Text, cell
+from bayesian_lora.report.run_figures import figure
+from bayesian_lora.report.run_files import AGAIN, RunFiles
+
+Figures = Mapping[str, Any]
+
+SHOWN = {"map": "MAP", "ensemble": "posterior ensemble"}
+CLASSES_ONLY = "a regression has no class probabilities"
+MOST_ROWS = 21
+"""Of a table of a curve's points."""
+
+
+def calibration(files: RunFiles) -> Section:
+    """The reliability diagram of MAP and ensemble; of a regression the intervals' coverage."""
+    if files.regression:
+        return Section("Calibration", "calibration", [_coverage(files)])
+    found, why = files.part("calibration")
+    if found is None:
+        missing = Missing("Reliability diagram", why)
+        return Section("Calibration", "calibration", [missing])
+    blocks: list[Block] = []
+    expected = found.get("expected_ece") or {}
+    own = figure(files.metrics.get("ensemble"), "ece")
+    if expected.get("mean") is not None and own is not None:
+        mean, sd = expected["mean"], expected.get("sd") or 0.0
+        judged = "more than" if own > mean + 2 * sd else "no more than"
+        blocks.append(
+            Text(
+                f"The ensemble's ECE is {own:.4f}. A perfectly calibrated model with these very "
+                f"probabilities would score {mean:.4f} ± {sd:.4f} on {files.metrics.get('n')} "
+                f"examples by chance alone: its miscalibration is {judged} what chance explains "
+                "(two standard deviations).",
+                "answer",
+            )
+        )
+    reliability = found.get("reliability") or {}
+    rows = {k: reliability[k] for k in SHOWN if isinstance(reliability.get(k), Mapping)}
+    if rows:
+        blocks.append(_reliability(rows))
+    else:
+        blocks.append(Missing("Reliability diagram", f"no bins in metrics.json: {AGAIN}"))
+    return Section("Calibration", "calibration", blocks)
+
+
+def _coverage(files: RunFiles) -> Block:
+    names = ("coverage_0.5", "coverage_0.9", "coverage_0.95")
+    ensemble = files.metrics.get("ensemble") or {}
+    if all(figure(ensemble, n) is None for n in names):
+        return Missing("Coverage of predictive intervals", f"not in metrics.json: {AGAIN}")
+    rows = []
+    for name in names:
+        asked = float(name.partition("_")[2])
+        own = [cell(figure(files.metrics.get(row), name), 3) for row in SHOWN]
+        rows.append([cell(f"{asked:.0%}"), *own])
+    return Table(
+        "Labels inside the central intervals of the predictive mixture",
+        ["Asked for", *SHOWN.values()],
+        rows,
+    )
+
+
+def _reliability(rows: Mapping[str, Figures]) -> Chart:
+    series = [Series("perfect", [0, 1], [0, 1], colour=None, style=1)]
+    table = []
+    for place, (name, row) in enumerate(rows.items()):
+        full = [i for i, n in enumerate(row["count"]) if n]
+        x, y = ([row[key][i] for i in full] for key in ("confidence", "accuracy"))
+        series.append(Series(SHOWN[name], x, y, "both", place, place))
+        series.append(_counts(SHOWN[name], row, place))
+        bins = len(row["count"])
+        for i in full:
+            span = f"{i / bins:.2f}–{(i + 1) / bins:.2f}"
+            found = [cell(row[key][i], 3) for key in ("confidence", "accuracy")]
+            table.append([cell(f"{SHOWN[name]}, {span}"), *found, cell(int(row["count"][i]))])
+    gaps = {SHOWN[k]: _largest_gap(row) for k, row in rows.items()}
+    text = "; ".join(f"{name}: {words}" for name, words in gaps.items())
+    panels = [
+        Panel("confidence", "accuracy", "Reliability", (0, 1), (0, 1.02)),
+        Panel("confidence", "share of examples", "How often", (0, 1)),
+    ]
+    return chart(
+        series,
+        panels,
+        text=f"Reliability diagram. {text}.",
+        caption="Reliability of the top label in equal-width bins: below the dashed line the model "
+        "is overconfident. The warm starts' predictions are pooled.",
+        numbers=Table("bins", ["Bin", "Confidence", "Accuracy", "Examples"], table),
+    )
+
+
+def _counts(name: str, row: Figures, place: int) -> Series:
+    total, bins = sum(row["count"]) or 1, len(row["count"])
+    middles = [(i + 0.5) / bins for i in range(bins)]
+    shares = [n / total for n in row["count"]]
+    return Series(name, middles, shares, "bars", place, panel=1, legend=False)
+
+
+def _largest_gap(row: Figures) -> str:
+    known = [i for i, n in enumerate(row["count"]) if n]
+    if not known:
+        return "no examples"
+    total = sum(row["count"])
+    worst = max(
+        known, key=lambda i: row["count"][i] * abs(row["accuracy"][i] - row["confidence"][i])
+    )
+    return (
+        f"the bin that adds most to the ECE has confidence {row['confidence'][worst]:.2f}, "
+        f"accuracy {row['accuracy'][worst]:.2f}, {row['count'][worst] / total:.0%} of the examples"
+    )
+
+
+def selective(files: RunFiles) -> Section:
+    """Risk against coverage, and the accuracy where the least certain inputs are left out."""
+    title = "Selective prediction"
+    found, why = files.part("selective")
+    curves = (found or {}).get("risk") or {}
+    curves = {k: curves[k] for k in SHOWN if curves.get(k)}
+    if found is None or not found.get("coverage") or not curves:
+        given = (found or {}).get("reason") or why or f"no curve in metrics.json: {AGAIN}"
+        reason = CLASSES_ONLY if files.regression else str(given)
+        return Section(title, "selective", [Missing("Risk–coverage curve", reason)])
+    coverage = found["coverage"]
+    series = [
+        Series(SHOWN[name], coverage, risk, "line", place, place)
+        for place, (name, risk) in enumerate(curves.items())
+    ]
+    rows = [
+        [cell(f"{coverage[i]:.0%}"), *(cell(risk[i]) for risk in curves.values())]
+        for i in thinned(len(coverage))
+    ]
+    areas = {name: figure(files.metrics.get(name), "aurc") for name in curves}
+    said = ", ".join(f"{SHOWN[k]} {x:.4f}" for k, x in areas.items() if x is not None)
+    score = str(found.get("score", "uncertainty")).replace("_", " ")
+    blocks: list[Block] = [
+        chart(
+            series,
+            [
+                Panel(
+                    "coverage: share of inputs answered", "risk: share of them wrong", "", (0, 1.01)
+                )
+            ],
+            text=f"Risk against coverage. At full coverage the risk is "
+            f"{', '.join(f'{curves[k][-1]:.3f} ({SHOWN[k]})' for k in curves)}.",
+            caption=f"Inputs are answered from the least {score} on; lower is better. Area under "
+            f"the curve (AURC): {said or 'not recorded'}.",
+            numbers=Table("risk", ["Coverage", *(SHOWN[k] for k in curves)], rows),
+        )
+    ]
+    if table := _accuracy_at(found):
+        blocks.append(table)
+    return Section(title, "selective", blocks)
+
+
+def _accuracy_at(found: Figures) -> Table | None:
+    given = {"map": found.get("map_accuracy_at"), "ensemble": found.get("accuracy_at")}
+    given = {name: row for name, row in given.items() if row}
+    if not given:
+        return None
+    shares = list(next(iter(given.values())))
+    rows = [
+        [cell(SHOWN[name]), *(cell(row.get(share)) for share in shares)]
+        for name, row in given.items()
+    ]
+    return Table(
+        "Accuracy on the most certain inputs", ["", *(f"{float(s):.0%}" for s in shares)], rows
+    )
+
+
+def cumulative(files: RunFiles) -> Section:
+    """Accuracy, NLL and ECE of the first k draws."""
+    title = "How many samples are enough"
+    if not files.sampled:
+        return Section(title, "enough", [Missing("Cumulative curve", "nothing was sampled")])
+    found, why = files.part("cumulative")
+    names = [n for n in ("nll", "accuracy", "ece", "crps") if _drawn((found or {}).get(n))]
+    if found is None or not found.get("k") or not names:
+        reason = why or f"no curve in metrics.json: {AGAIN}"
+        return Section(title, "enough", [Missing("Cumulative curve", reason)])
+    titles = {"nll": "NLL", "accuracy": "accuracy", "ece": "ECE", "crps": "CRPS"}
+    series, panels = [], []
+    for place, name in enumerate(names):
+        series.append(
+            Series(titles[name], found["k"], found[name], "both", place, 0, None, "y", place)
+        )
+        panels.append(Panel("samples k", titles[name]))
+    rows = [
+        [cell(int(found["k"][i])), *(cell(found[name][i]) for name in names)]
+        for i in thinned(len(found["k"]))
+    ]
+    enough = found.get("enough") or {}
+    words = f"{enough['k']} samples are enough" if enough.get("k") else "Not settled"
+    said = f"{words}: {enough['reason']}." if enough.get("reason") else f"{words}."
+    last = ", ".join(f"{titles[n]} {_last(found[n]):.4f}" for n in names)
+    return Section(
+        title,
+        "enough",
+        [
+            Text(said, "answer"),
+            chart(
+                series,
+                panels,
+                text=f"Figures of the first k samples, k from {found['k'][0]} to "
+                f"{found['k'][-1]}, where they end at {last}.",
+                caption="The ensemble of the first k samples, in the order they were stored.",
+                numbers=Table("figures by k", ["k", *(titles[n] for n in names)], rows),
+                panel_height=170,
+            ),
+        ],
+    )
+
+
+def _drawn(values: Any) -> bool:
+    return isinstance(values, Sequence) and any(x is not None for x in values)
+
+
+def _last(values: Sequence[float | None]) -> float:
+    return next(x for x in reversed(values) if x is not None)
+
+
+def thinned(count: int, most: int = MOST_ROWS) -> list[int]:
+    """At most `most` places of `count`, evenly, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
