@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 LAYERS, WIDTH, RANK, KINDS = 32, 4096, 16, ("q_proj", "v_proj")
@@ -18,11 +19,13 @@ SHARED = 0.3
 """What the second adapter's factors have of the first's, so that there is something to see."""
 TIMED = """
 import resource, sys, time
-from pathlib import Path
 began = time.monotonic()
-from bayesian_lora.cli.similarity import similarity
-out = Path(sys.argv[3]) if len(sys.argv) > 3 else None
-similarity([sys.argv[1], sys.argv[2]], out=out)
+from bayesian_lora.cli.main import main
+try:
+    main(["similarity", *sys.argv[1:]])
+except SystemExit as end:
+    if end.code:
+        raise
 seconds = time.monotonic() - began
 used = resource.getrusage(resource.RUSAGE_SELF)
 cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
@@ -55,17 +58,18 @@ def make_adapters(root: Path) -> list[Path]:
     return folders
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path, help="a new folder for the adapters and results")
-    kept = parser.parse_args().keep
+    kept = parser.parse_args(arguments).keep
     with tempfile.TemporaryDirectory() as temporary:
         root = kept or Path(temporary)
         folders = [str(folder) for folder in make_adapters(root)]
-        for words, out in (("figures", []), ("figures, JSON and heat maps", [str(root / "out")])):
+        pictures = ["--out", str(root / "out")]
+        for words, out in (("figures", []), ("figures, JSON and heat maps", pictures)):
             done = subprocess.run(
                 [sys.executable, "-c", TIMED, *folders, *out],
-                capture_output=True,
+                stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             )
