@@ -27,27 +27,14 @@ from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import read_json, write_json, write_npz
 
-K = 6
+from .small_runs import SMALL, K, small_run
+
 WRONG = ("0.0", "1.0", "-1.0", "nan", "inf")
-SMALL = """\
-data: {{name: synthetic, train_examples: 40, batch_size: 8, max_length: 48}}
-model: {{name: {model}, lora: {{rank: 2, alpha: 4.0}}}}
-prior: {{std: 0.3}}
-train: {{epochs: 1, lr: 5.0e-3}}
-sampler: {{step_size: 1.0e-3, burn_in: 2, thin: 2, num_samples: 6, chains: 2}}
-output: {{dir: {folder}}}
-"""
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("evaluate")
-    config = root / "small.yaml"
-    config.write_text(SMALL.format(model=tiny_models["bert"], folder=root / "run"))
-    with pytest.raises(SystemExit) as ended:
-        main(["train", str(config)])
-    assert ended.value.code == 0
-    return root / "run"
+    return small_run(tiny_models["bert"], tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ Shapes: M chains, K members.
 """
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from bayesian_lora.utils.files import read_json
 from bayesian_lora.warm_start import StepReport
 
 from .same_runs import QUIET, config_of, weights
+from .small_runs import Make, made_once
 
 KEYS = (
     "sampler.name=map",
@@ -36,21 +36,12 @@ KEYS = (
     "train.lr=0.05",
     "train.patience=2",
 )
-Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def made(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A run of MAP fits with these keys as well, made once."""
-    known: dict[tuple[str, ...], Path] = {}
-
-    def run(*keys: str) -> Path:
-        if keys not in known:
-            folder = tmp_path_factory.mktemp("map") / "run"
-            known[keys] = train(config_of(tiny_models["bert"], folder, *KEYS, *keys), QUIET)
-        return known[keys]
-
-    return run
+    return made_once(tiny_models["bert"], lambda: tmp_path_factory.mktemp("map"), *KEYS)
 
 
 def rows(root: Path) -> list[dict[str, str]]:

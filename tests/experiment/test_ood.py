@@ -25,24 +25,14 @@ from bayesian_lora.metrics import ensemble_probs, uncertainty_per_example
 from bayesian_lora.progress import Progress
 from bayesian_lora.scores.ood_scores import ONE_MEMBER, SCORES
 
-K, STARTS = 6, 2
-SMALL = """\
-data: {{name: synthetic, train_examples: 40, batch_size: 8, max_length: 48}}
-model: {{name: {model}, lora: {{rank: 2, alpha: 4.0}}}}
-prior: {{std: 0.3}}
-train: {{epochs: 1, lr: 5.0e-3}}
-sampler: {{step_size: 1.0e-3, burn_in: 2, thin: 2, num_samples: 6, chains: 2}}
-output: {{dir: {folder}}}
-"""
+from .small_runs import SMALL, K, small_run
+
+STARTS = 2
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("ood")
-    config = root / "small.yaml"
-    config.write_text(SMALL.format(model=tiny_models["bert"], folder=root / "run"))
-    train(load_config(config))
-    return root / "run"
+    return small_run(tiny_models["bert"], tmp_path_factory.mktemp("ood"))
 
 
 @pytest.fixture

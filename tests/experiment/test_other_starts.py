@@ -4,7 +4,6 @@ Shapes: M chains.
 """
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +20,16 @@ from bayesian_lora.utils.files import write_json
 from bayesian_lora.warm_start import StepReport
 
 from .same_runs import QUIET, assert_same_run, config_of, read
+from .small_runs import Make, made_once
 
 KEYS = ("sampler.name=map", "train.epochs=4", "train.lr=0.05")
 PER_EPOCH = 5
-Make = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def made(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A run of MAP fits with these keys as well, made once."""
-    known: dict[tuple[str, ...], Path] = {}
-
-    def run(*keys: str) -> Path:
-        if keys not in known:
-            folder = tmp_path_factory.mktemp("starts") / "run"
-            known[keys] = train(config_of(tiny_models["bert"], folder, *KEYS, *keys), QUIET)
-        return known[keys]
-
-    return run
+    return made_once(tiny_models["bert"], lambda: tmp_path_factory.mktemp("starts"), *KEYS)
 
 
 def same_tensors(a: Ensemble, b: Ensemble) -> bool:
