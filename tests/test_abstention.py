@@ -9,7 +9,14 @@ import math
 import numpy as np
 import pytest
 
-from bayesian_lora.abstention import SCORES, Abstention, check_score, risk_threshold, scores
+from bayesian_lora.abstention import (
+    SCORES,
+    Abstention,
+    RiskThreshold,
+    check_score,
+    risk_threshold,
+    scores,
+)
 from bayesian_lora.errors import InputError
 from bayesian_lora.metrics import uncertainty_per_example
 from bayesian_lora.predict import Predictions
@@ -94,7 +101,9 @@ def test_too_few_examples_say_what_would_do(made: Predictions) -> None:
     with pytest.raises(InputError, match=r"target_risk=0.1: no threshold .* on 400 examples"):
         risk_threshold(none, 0.1)
     few = Predictions(made.logits[:, :10], made.predicted[:10], made.weights, made.example_id[:10])
-    with pytest.raises(InputError, match=r"with confidence 0.95, of which 10 examples .* \(0: "):
+    with pytest.raises(
+        InputError, match=r"with confidence 0.95, for which 10 examples .* \(with 0 the "
+    ):
         risk_threshold(few, 0.05)
     assert risk_threshold(few, 0.05, 0).kept == 1
 
@@ -122,3 +131,14 @@ def test_a_regression_has_no_wrong_labels() -> None:
     )
     with pytest.raises(InputError, match="a regression has no wrong labels"):
         risk_threshold(p, 0.1)
+
+
+def test_a_threshold_says_what_holds_of_it() -> None:
+    found = RiskThreshold(0.5, "predictive_entropy", 0.1, 0.95, 400, 0.75, 0.05)
+    assert found.said("validation") == (
+        "Abstains where predictive_entropy > 0.5: of the 400 examples of validation 75.0% are "
+        "kept, 5.0% of them wrong; with confidence 0.95 at most 0.1 of the labels given to texts "
+        "drawn as these were."
+    )
+    bare = dataclasses.replace(found, confidence=0.0).said("validation")
+    assert bare.endswith("5.0% of them wrong. Other texts may differ: no guarantee.")

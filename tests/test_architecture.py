@@ -162,6 +162,7 @@ ROWS: dict[float, tuple[str, ...]] = {
         "report.run_files",
         "report.run_report",
         "report.run_figures",
+        "report.verdicts",
         "report.run_calibration",
         "report.run_chains",
         "report.run_inputs",

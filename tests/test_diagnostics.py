@@ -45,7 +45,18 @@ def test_equal_to_arviz(chains: int, draws: int):
     assert number(ess_bulk(x)) == pytest.approx(array_stats.ess(x, method="bulk"), rel=1e-6)
     tail = array_stats.ess(x, method="tail", prob=(0.05, 0.95))
     assert number(ess_tail(x)) == pytest.approx(tail, rel=1e-6)
-    assert number(mcse_mean(x)) == pytest.approx(array_stats.mcse(x, method="mean"), rel=1e-6)
+    alike = x - x.mean(axis=1, keepdims=True) if draws > 4 else x[:1]
+    wanted = array_stats.mcse(alike, method="mean")
+    assert number(mcse_mean(alike)) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("draws", [5, 50])
+def test_the_error_of_a_mean_over_separate_modes_is_that_of_so_many_modes(draws: int):
+    """Where every chain is in a mode of its own, the mean is one of four values, not of 4·T."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 4, draws)) + 5 * rng.standard_normal((300, 4, 1))
+    told = np.sqrt(np.mean([number(mcse_mean(one)) ** 2 for one in x]))
+    assert told == pytest.approx(x.mean(axis=(1, 2)).std(), rel=0.15)
 
 
 def test_rhat_by_hand():

@@ -47,6 +47,19 @@ class RiskThreshold:
     kept: float
     risk: float
 
+    def said(self, split: str) -> str:
+        """The threshold in words, what it was found on, and what holds of it."""
+        where = (
+            f"Abstains where {self.score} > {self.above:.6g}: of the {self.n} examples of {split} "
+            f"{self.kept:.1%} are kept, {self.risk:.1%} of them wrong"
+        )
+        if not self.confidence:
+            return f"{where}. Other texts may differ: no guarantee."
+        return (
+            f"{where}; with confidence {self.confidence:g} at most {self.target:g} of the labels "
+            "given to texts drawn as these were."
+        )
+
 
 def scores(p: Predictions, name: str) -> np.ndarray:
     """An uncertainty (N,) of each text, of which more is less certain; see `Abstention`.
@@ -78,6 +91,18 @@ def check_score(name: str, members: int = 2, left_out: bool = False) -> None:
         )
 
 
+def check_target(target: float, confidence: float) -> None:
+    """Whether there are such a target risk and confidence.
+
+    Raises:
+        InputError: one lies outside [0, 1).
+    """
+    if not 0 <= target < 1:
+        raise InputError(f"target_risk={target}: a share of wrong labels, from 0 to below 1")
+    if not 0 <= confidence < 1:
+        raise InputError(f"confidence={confidence}: from 0 (no guarantee) to below 1")
+
+
 def risk_threshold(
     p: Predictions, target: float, confidence: float = 0.95, score: str = "predictive_entropy"
 ) -> RiskThreshold:
@@ -90,10 +115,7 @@ def risk_threshold(
     Raises:
         InputError: no threshold reaches the target, or a target or confidence that there is not.
     """
-    if not 0 <= target < 1:
-        raise InputError(f"target_risk={target}: a share of wrong labels, from 0 to below 1")
-    if not 0 <= confidence < 1:
-        raise InputError(f"confidence={confidence}: from 0 (no guarantee) to below 1")
+    check_target(target, confidence)
     if p.noise_std is not None:
         raise InputError(
             "target_risk: a regression has no wrong labels; give a threshold of its sd"
@@ -110,9 +132,9 @@ def risk_threshold(
                 f"target_risk={target}: {found}, on {len(p)} examples; ask for a higher one"
             )
         raise InputError(
-            f"target_risk={target}: {found} with confidence {confidence:g}, of which {len(p)} "
-            f"examples are too few; ask for a higher risk or a lower confidence (0: {plain:.4g}, "
-            "right on these examples, without a guarantee)"
+            f"target_risk={target}: {found} with confidence {confidence:g}, for which {len(p)} "
+            "examples are too few or too often wrong; ask for a higher risk or a lower confidence "
+            f"(with 0 the threshold is {plain:.4g}, on these examples alone, without a guarantee)"
         )
     kept = value <= above
     risk = float(wrong[kept].mean())

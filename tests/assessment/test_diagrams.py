@@ -93,6 +93,30 @@ def test_risk_over_all_examples_is_the_error_rate(
     assert found["accuracy_at"]["0.5"] > found["accuracy_at"]["0.95"]
 
 
+def test_accuracies_at_coverages_have_the_error_of_an_accuracy_of_so_many(
+    starts: Predictions, members: Predictions
+) -> None:
+    found = selective_figures(False, starts, members)
+    assert found["accuracy_at_se"].keys() == found["accuracy_at"].keys()
+    for share, error in found["accuracy_at_se"].items():
+        accuracy = found["accuracy_at"][share]
+        alone = np.sqrt(accuracy * (1 - accuracy) / (float(share) * N))
+        # Which examples are kept varies as well.
+        assert 0.8 * alone < error < 2 * alone
+        # The starts share most of what they say: their mean varies hardly less than one of them.
+        mean = found["map_accuracy_at"][share]
+        alone = np.sqrt(mean * (1 - mean) / (float(share) * N))
+        assert 0.5 * alone < found["map_accuracy_at_se"][share] < 2 * alone
+
+
+def test_one_example_has_no_error_of_its_accuracy() -> None:
+    one = classifiers(3, 1)
+    found = selective_figures(False, one, one)
+    assert found["accuracy_at_se"]["0.5"] is None
+    assert "one example" in found["accuracy_at_se"]["0.5_reason"]
+    assert nulls_without_reason(found) == []
+
+
 def test_the_area_is_that_of_the_curve() -> None:
     p = classifiers(3, 80)
     risk = selective_figures(False, p, p)["risk"]["ensemble"]

@@ -13,6 +13,7 @@ from scipy.stats import norm
 from sklearn.metrics import log_loss, matthews_corrcoef
 
 from bayesian_lora.assessment import evaluation
+from bayesian_lora.metrics import uncertainty_per_example
 from bayesian_lora.predict import Predictions
 
 K, N = 4, 50
@@ -107,6 +108,17 @@ def test_each_warm_start_gets_its_own_temperature() -> None:
     assert found["nll"] == pytest.approx(np.mean(nll), rel=0.02)
 
 
+def test_a_temperature_that_the_held_out_data_do_not_settle_is_told() -> None:
+    """All right: the colder the better. The row would make any ensemble look good beside it."""
+    p = predictions()
+    right = predictions(scale=20.0)
+    found = evaluation.temperature_scaled((), False, p, right)
+    assert found["temperature"] == pytest.approx(0.05, rel=1e-3)
+    assert f"{K} of {K} temperatures stopped at a bound" in found["temperature_note"]
+    settled = evaluation.temperature_scaled((), False, p, predictions(seed=1))
+    assert "temperature_note" not in settled
+
+
 @pytest.mark.parametrize("constant", [0, 1])
 def test_a_warm_start_that_always_says_the_same_has_no_mcc(constant: int) -> None:
     p = predictions()
@@ -134,6 +146,9 @@ def test_uncertainty_splits_into_expected_entropy_and_disagreement() -> None:
     parts = found["expected_entropy"] + found["mutual_information"]
     assert found["predictive_entropy"] == pytest.approx(parts)
     assert found["predictive_entropy"] < math.log(2)
+    each = uncertainty_per_example(predictions().logits, predictions().weights)
+    for name, values in each.items():
+        assert found[f"{name}_se"] == pytest.approx(values.std() / math.sqrt(N))
     for_scores = evaluation.uncertainty(True, scores())
     assert for_scores.pop("reason")
     assert set(for_scores.values()) == {None}
@@ -173,6 +188,17 @@ def test_truth_is_beaten_by_nothing() -> None:
     assert worse["excess"] == pytest.approx((law * np.log(law / q)).sum(1).mean())
     assert worse["expected_nll"] == pytest.approx(-(law * np.log(q)).sum(1).mean())
     assert worse["bayes_nll"] == found["bayes_nll"]
+    each = (law * np.log(law / q)).sum(1)
+    assert worse["excess_se"] == pytest.approx(each.std() / math.sqrt(N))
+
+
+def test_labels_that_cannot_occur_add_nothing_to_the_truth() -> None:
+    law = np.eye(2)[np.arange(N) % 2]
+    labels = law.argmax(1)
+    p = predictions(labels=labels, true_probs=law, weights=np.full(K, 1 / K))
+    found = evaluation.against_truth(p)["truth"]
+    assert found["bayes_nll"] == 0
+    assert found["excess"] == pytest.approx(evaluation.evaluate((), False, p)["nll"])
 
 
 def test_without_a_known_law_there_is_no_truth() -> None:

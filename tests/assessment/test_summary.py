@@ -93,6 +93,20 @@ def test_what_is_said_below_the_table() -> None:
     assert f"on {N} examples (ensemble {m['ensemble']['ece']:.4f})" in closing
     assert f"Area under risk–coverage: {m['ensemble']['aurc']:.4f}" in closing
     assert m["cumulative"]["enough"]["reason"] in closing
+    error = m["selective"]["accuracy_at_se"]["0.8"]
+    assert f"{m['selective']['accuracy_at']['0.8']:.1%} ± {error:.1%}" in closing
+    del m["selective"]["accuracy_at_se"]  # of an older run
+    m["truth"] = {"bayes_nll": 0.4, "bayes_accuracy": 0.8, "excess": 0.02, "excess_se": 0.003}
+    older = "\n".join(summary.closing_lines(m))
+    assert re.search(r"surest 80 %: [\d.]+%$", older, re.MULTILINE)
+    assert "0.0200 ± 0.0030 nats" in older
+
+
+def test_a_baseline_that_is_none_is_told() -> None:
+    m = metrics()
+    assert "stopped at a bound" not in "\n".join(summary.closing_lines(m))
+    m["map_temperature_scaled"]["temperature_note"] = "2 of 2 temperatures stopped at a bound"
+    assert "MAP, temperature-scaled: 2 of 2" in "\n".join(summary.closing_lines(m))
 
 
 def test_a_regression_is_shown_without_what_classes_need() -> None:

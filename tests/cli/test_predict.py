@@ -66,11 +66,11 @@ def test_standard_input_is_a_text_a_line(saved: Path, call: Any) -> None:
     assert status == 0
     assert [row["text"] for row in rows(out)] == ["the food was good", "", "it was b\u00e4d"]
     assert [row.get("reason") for row in rows(out)] == [None, "empty text", None]
-    assert err == "1 of 3 texts are empty and were given no label.\n"
+    assert err == "Empty, so without a label: 1 of 3 texts.\n"
     same = call(saved, "--input", "-", "--batch", 1, stdin=text.encode())
     found = [[row["probability"] for row in rows(o)] for o in (out, same[1])]
     assert found[0] == pytest.approx(found[1], abs=1e-5)
-    assert call(saved, stdin=b"") == (0, "", "")
+    assert call(saved, stdin=b"") == (0, "", "The input holds no text, so there is no answer.\n")
 
 
 def test_csv_in_csv_out(saved: Path, call: Any, tmp_path: Path) -> None:
@@ -185,6 +185,8 @@ def test_a_damaged_line_is_named_and_what_came_before_stays(
         (["x", "--input", "a.csv"], "--input a.csv: texts are given as arguments"),
         (["x", "--format", "xml"], "--format xml: choose jsonl or csv"),
         (["x", "--target-risk", ".1"], "has no metrics.json"),
+        (["x", "--target-risk", "1.5"], "--target-risk=1.5: a share of wrong labels"),
+        (["x", "--target-risk", ".1", "--confidence", "1"], "--confidence=1.0: from 0"),
         (["--input", "no.csv"], "--input no.csv: no such file"),
         (["--input", "."], "--input .: a folder; name a file in it"),
         (["--input", "in.parquet"], ".parquet is not read piece by piece; give .jsonl"),

@@ -53,3 +53,15 @@ def test_what_is_no_folder_is_one_line(call: Call, tmp_path: Path, name: str) ->
     assert error.startswith("Error: ")
     assert "not a folder" in error
     assert error.count("\n") == 1
+
+
+def test_a_file_that_is_no_page_is_not_replaced(call: Call, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, shifted=False)
+    kept = (run / "metrics.json").read_bytes()
+    code, _, error = call(run, "--out", run / "metrics.json")
+    assert code == 2
+    assert "no HTML page, so it is not replaced" in error
+    assert (run / "metrics.json").read_bytes() == kept
+    for _ in range(2):  # a page of before is
+        assert call(run, "--out", tmp_path / "page.html")[0] == 0

@@ -3,6 +3,8 @@
 Shapes: M = 4 chains, T = 100 rows, K = 20 members, N = 400 examples, C = 2 classes.
 """
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from bayesian_lora.config import build_config, dump_run_config
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.manifest import Provenance, write_manifest
 from bayesian_lora.member_files import MemberRecord
+from bayesian_lora.report.run_files import RunFiles
 from bayesian_lora.utils.files import append_json_line, write_atomic, write_json, write_npz
 
 CHAINS, ROWS, MEMBERS, EXAMPLES = 4, 100, 20, 400
@@ -113,6 +116,7 @@ def metrics_of(p: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> Figure
             "coverage": coverage,
             "risk": {"map": [0.25 * c for c in coverage], "ensemble": [0.22 * c for c in coverage]},
             "accuracy_at": {"0.5": 0.95, "0.8": 0.9, "0.9": 0.86, "0.95": 0.84},
+            "accuracy_at_se": {"0.5": 0.015, "0.8": 0.012},
             "map_accuracy_at": {"0.5": 0.94, "0.8": 0.88, "0.9": 0.84, "0.95": 0.82},
         },
         "cumulative": {
@@ -204,3 +208,15 @@ def _entry(name: str) -> Figures:
         **{"name": folder, "folder": folder, "overrides": [f"sampler.name={name}"]},
         **{"error": None, "warm_start": folder, "starts_from": None},
     }
+
+
+def changed(files: RunFiles, **parts: Any) -> RunFiles:
+    return dataclasses.replace(files, metrics={**copy.deepcopy(dict(files.metrics)), **parts})
+
+
+def with_nll(files: RunFiles, nll: float) -> RunFiles:
+    return changed(files, ensemble={**files.metrics["ensemble"], "nll": nll})
+
+
+def scaled_nll(files: RunFiles) -> float:
+    return float(files.metrics["map_temperature_scaled"]["nll"])

@@ -98,3 +98,19 @@ def test_no_text_ends_the_script_or_becomes_markup() -> None:
     page = render(Page("t", "l", [Section("s", "s", [found])]))
     assert EVIL not in page
     assert "Numbers: numbers" in page
+
+
+def test_a_few_whole_numbers_have_no_ticks_between_them() -> None:
+    def ticks(x: list[float | str | None]) -> object:
+        found = chart(
+            [Series("a", x, [0.5] * len(x))],
+            [Panel("k", "y")],
+            text="t",
+            caption="c",
+            numbers=Table("n", [], []),
+        )
+        return found.figure["layout"]["xaxis"].get("dtick")
+
+    assert ticks([1, 2, 4]) == 1
+    assert ticks([1, 2, 400]) is None
+    assert ticks([0.0, 1.0]) is None

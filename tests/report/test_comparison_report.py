@@ -12,6 +12,7 @@ from bayesian_lora.report.comparison_report import (
 )
 from bayesian_lora.report.page import Chart, Missing, Table, Text
 from bayesian_lora.report.run_files import RunFiles
+from tests.report.finished_runs import changed, with_nll
 
 
 @pytest.fixture
@@ -49,7 +50,9 @@ def test_the_better_cell_comes_first(compared: Compared, name: str) -> None:
 
 def test_the_page_says_what_failed_and_what_has_no_errors(compared: Compared) -> None:
     page = comparison_page(compared, "runs")
-    table, forest, words = page.sections
+    short, table, forest, words = page.sections
+    assert isinstance(short.blocks[0], Text)
+    assert short.blocks[0].text.startswith("The lowest NLL of a posterior ensemble is that of one")
     assert isinstance(table.blocks[0], Table)
     assert table.blocks[0].rows[1][1].text == "not available"
     assert Text("a note") in table.blocks
@@ -59,6 +62,46 @@ def test_the_page_says_what_failed_and_what_has_no_errors(compared: Compared) ->
     assert bare.what == "Standard errors of two"
     assert words.blocks[-1] == Missing("three", "it broke")
     assert "2 of them finished" in page.lead
+
+
+def short(found: Compared) -> list[str]:
+    blocks = comparison_page(found, "runs").sections[0].blocks
+    return [block.text if isinstance(block, Text) else "missing" for block in blocks]
+
+
+def test_cells_are_counted_by_how_they_stand_to_their_baselines(compared: Compared) -> None:
+    """The fixture's standard error of a difference is .004."""
+    files = compared.cells["one"]
+    theirs = files.metrics["map_temperature_scaled"]["nll"]
+    cells = {f"{gap:+}": with_nll(files, theirs + gap) for gap in (-0.1, -0.05, 0.1, 0.001)}
+    said = short(dataclasses.replace(compared, cells=cells))
+    assert said[0].startswith("The lowest NLL of a posterior ensemble is that of -0.1, ")
+    assert said[1].startswith("Of 4 posterior ensembles 2 have a lower NLL")
+    assert said[1].endswith("standard errors, 1 a higher one, and 1 cannot be told from it.")
+    assert "of 1 no standard error is known" in short(compared)[1]
+
+
+def test_cells_of_several_tasks_have_no_best_among_them(compared: Compared) -> None:
+    files = compared.cells["one"]
+    cells = {"one": files, "other": changed(files, task="sst2")}
+    said = short(dataclasses.replace(compared, cells=cells))
+    assert len(said) == 1
+    assert said[0].startswith("Of 2 posterior ensembles")
+
+
+def test_cells_that_sampled_nothing_are_no_posterior_ensembles(compared: Compared) -> None:
+    files = compared.cells["one"]
+    fits = dataclasses.replace(files, manifest={**files.manifest, "sampler": {"name": "map"}})
+    cells = {"one": files, "fits": fits}
+    assert "Of 1 posterior ensembles" in short(dataclasses.replace(compared, cells=cells))[0]
+    assert short(dataclasses.replace(compared, cells={"fits": fits})) == ["missing"]
+
+
+def test_the_table_stands_in_two_parts_that_fit_on_paper(compared: Compared) -> None:
+    table = [{"sampler": "sgld", "nll": 0.5, "verdict": "mixed", "seconds": 3.0}]
+    blocks = comparison_page(dataclasses.replace(compared, table=table), "runs").sections[1].blocks
+    parts = [list(block.columns) for block in blocks if isinstance(block, Table)]
+    assert parts == [["sampler", "nll"], ["sampler", "verdict", "seconds"]]
 
 
 def test_a_comparison_without_finished_cells_is_a_page_too() -> None:

@@ -1,5 +1,6 @@
 """Reliability, selective prediction, growth with k: drawn from metrics.json or missed."""
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_risk_and_accuracy_of_both(run_files: RunFiles) -> None:
     table = only(blocks, Table)
     assert list(table.columns) == ["", "50%", "80%", "90%", "95%"]
     assert [c.text for c in table.rows[1]] == [
-        "posterior ensemble", "0.9500", "0.9000", "0.8600", "0.8400"
+        "posterior ensemble", "0.9500 ± 0.0150", "0.9000 ± 0.0120", "0.8600", "0.8400"
     ]  # fmt: skip
 
 
@@ -98,3 +99,12 @@ def test_a_regression_shows_coverage_and_no_classes(run_files: RunFiles) -> None
 def test_long_tables_keep_their_ends() -> None:
     assert thinned(5) == [0, 1, 2, 3, 4]
     assert thinned(101, 21) == list(range(0, 101, 5))
+
+
+def test_it_says_what_the_top_label_claims_and_keeps(run_files: RunFiles) -> None:
+    m = copy.deepcopy(dict(run_files.metrics))
+    bins = {"confidence": [None, 0.6, 0.9], "accuracy": [None, 0.5, 0.7], "count": [0, 1, 3]}
+    m["calibration"]["reliability"]["ensemble"] = bins
+    first = calibration(dataclasses.replace(run_files, metrics=m)).blocks[0]
+    assert isinstance(first, Text)
+    assert first.text.endswith("its top label has probability 0.825 and is right on 0.650.")

@@ -131,3 +131,8 @@ def test_the_section_shows_traces_of_every_chain(run_files: RunFiles) -> None:
     assert len(first.figure["data"][0]["x"]) == ROWS
     verdict = run_files.metrics["diagnostics"]["reason"]
     assert any(verdict in getattr(b, "text", "") for b in blocks)
+
+
+def test_milestones_without_any_ess_are_but_their_reason() -> None:
+    rows = [{"step": 25, "rows": 12, "ess_min": None, "ess_min_reason": "12 rows: 25 are needed"}]
+    assert milestones(rows) == [Missing("Milestones of the sampling", "12 rows: 25 are needed")]

@@ -6,72 +6,15 @@ from typing import Any
 
 import pytest
 
-from bayesian_lora.report.page import Missing, Table, Text
-from bayesian_lora.report.run_figures import (
-    ROWS,
-    figure,
-    rows,
-    summary,
-    titles_of,
-    verdict,
-    with_error,
-)
-from bayesian_lora.report.run_files import RunFiles
-
-
-def changed(files: RunFiles, **parts: Any) -> RunFiles:
-    return dataclasses.replace(files, metrics={**copy.deepcopy(dict(files.metrics)), **parts})
-
-
-def with_nll(files: RunFiles, nll: float) -> RunFiles:
-    return changed(files, ensemble={**files.metrics["ensemble"], "nll": nll})
-
-
-def strongest(files: RunFiles) -> float:
-    return float(files.metrics["map_temperature_scaled"]["nll"])
-
-
-@pytest.mark.parametrize(
-    ("gap", "words"),
-    [
-        (-0.0081, "Worth it by NLL."),
-        (0.0081, "Not worth it by NLL."),
-        (-0.0079, "Not shown to be worth it."),
-        (0.0079, "Not shown to be worth it."),
-    ],
-)
-def test_worth_is_judged_by_two_standard_errors(
-    run_files: RunFiles, gap: float, words: str
-) -> None:
-    """The fixture's standard error of the difference is 0.004."""
-    said = verdict(with_nll(run_files, strongest(run_files) + gap))[0]
-    assert said.startswith(words)
-    assert f"{gap:+.4f}" in said
-    assert "MAP, temperature-scaled" in said
-
-
-def test_the_strongest_baseline_is_the_one_compared_with(run_files: RunFiles) -> None:
-    better = {**run_files.metrics["map_ensemble"], "nll": 0.1}
-    said = verdict(changed(run_files, map_ensemble=better))[0]
-    assert "deep ensemble of the warm starts (NLL 0.1000)" in said
-    assert said.startswith("Not worth it")
-
-
-def test_without_standard_errors_nothing_is_judged(run_files: RunFiles) -> None:
-    said = verdict(changed(run_files, standard_errors=None))[0]
-    assert "its standard error was not computed" in said
-    assert "orth it" not in said
-
-
-def test_the_chains_verdict_is_repeated_with_its_reason(run_files: RunFiles) -> None:
-    assert (
-        verdict(run_files)[1]
-        == f"Chains: not mixed – {run_files.metrics['diagnostics']['reason']}."
-    )
+from bayesian_lora.report.page import Missing, Table, Text, with_error
+from bayesian_lora.report.run_figures import rows, summary
+from bayesian_lora.report.run_files import RunFiles, figure
+from bayesian_lora.report.verdicts import ROWS, titles_of, verdict
+from tests.report.finished_runs import changed, scaled_nll, with_nll
 
 
 def test_differences_are_called_better_or_worse_only_where_clear(run_files: RunFiles) -> None:
-    files = with_nll(run_files, strongest(run_files) + 0.0085)
+    files = with_nll(run_files, scaled_nll(run_files) + 0.0085)
     table = next(b for b in summary(files).blocks if isinstance(b, Table))
     column = list(table.columns).index("NLL")
     found = {row[0].text: row[column] for row in table.rows}
@@ -155,3 +98,11 @@ def test_a_figure_is_the_mean_where_there_are_several(row: Any, value: float | N
 def test_a_missing_figure_keeps_its_reason() -> None:
     found = with_error(None, 0.1, "why not")
     assert (found.text, found.reason) == ("not available", "why not")
+
+
+def test_what_no_row_has_is_no_cause_to_evaluate_again(run_files: RunFiles) -> None:
+    m = copy.deepcopy(dict(run_files.metrics))
+    m["map"]["expected_ece"] = {"mean": 0.02, "sd": 0.001}
+    blocks = rows(dataclasses.replace(run_files, metrics=m)).blocks
+    table = next(b for b in blocks if isinstance(b, Table) and b.caption.startswith("Spread"))
+    assert table.missing == ["ECE if calibrated: not computed for this row"]

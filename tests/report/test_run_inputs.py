@@ -1,5 +1,6 @@
 """Other sets beside the task's, and single inputs with their texts."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from bayesian_lora import metrics
 from bayesian_lora.predict import Predictions
-from bayesian_lora.report.page import Chart, Missing, Table
+from bayesian_lora.report.page import Chart, Missing, Table, Text
+from bayesian_lora.report.run_calibration import calibration, selective
 from bayesian_lora.report.run_files import RunFiles
 from bayesian_lora.report.run_inputs import LISTED, LONGEST, Texts, entropy_chart, inputs, shifted
 from tests.report.finished_runs import EXAMPLES, LABELS
@@ -39,13 +41,65 @@ def test_certain_and_utterly_uncertain_inputs_are_in_the_outer_bins() -> None:
 
 def test_scores_of_a_foreign_set(run_files: RunFiles) -> None:
     blocks = shifted(run_files).blocks
-    table = next(b for b in blocks if isinstance(b, Table) and b.caption.startswith("Telling"))
-    assert table.caption == "Telling shifted (400 inputs) from validation (400)"
-    assert list(table.columns)[1:4] == ["AUROC, posterior", "AUROC, MAP", "AUROC, deep ensemble"]
+    table, precision = (b for b in blocks if isinstance(b, Table) and "telling" in b.caption)
+    assert table.caption == "AUROC: telling shifted (400 inputs) from validation (400)"
+    assert list(table.columns)[1:4] == ["posterior", "MAP", "deep ensemble"]
     assert table.rows[0][0].text == "predictive entropy"
     assert table.rows[0][1].text == "0.7100 ± 0.0200"
     assert table.rows[0][-1].text == "+0.0310 ± 0.0100"
-    assert "base rate, 0.500" in table.note
+    assert "By chance the AUROC is 0.5." in table.note
+    assert precision.rows[0][-1].text == "+0.0200 ± 0.0200"
+    assert "By chance the AUPR is 0.500." in precision.note
+
+
+@pytest.mark.parametrize(
+    ("auroc", "words"),
+    [
+        (0.71, "is higher on shifted than on validation: AUROC 0.710 ± 0.020"),
+        (0.53, "is not shown to tell shifted from validation"),
+        (0.4, "is lower on shifted than on validation"),
+    ],
+)
+def test_the_words_on_a_foreign_set_follow_its_auroc(
+    run_files: RunFiles, auroc: float, words: str
+) -> None:
+    other = copy.deepcopy(dict(run_files.others["shifted"]))
+    other["ood"]["scores"]["predictive_entropy"] = {"auroc": auroc, "auroc_se": 0.02}
+    first = shifted(dataclasses.replace(run_files, others={"shifted": other})).blocks[0]
+    assert isinstance(first, Text)
+    assert words in first.text
+
+
+def test_few_inputs_are_but_a_hint(run_files: RunFiles) -> None:
+    other = copy.deepcopy(dict(run_files.others["shifted"]))
+    other["ood"]["outside_n"] = 3
+    first = shifted(dataclasses.replace(run_files, others={"shifted": other})).blocks[0]
+    assert isinstance(first, Text)
+    assert first.text.endswith("rests on 3 inputs of one of them: a hint.")
+
+
+def test_where_nothing_was_sampled_no_posterior_is_spoken_of(run_files: RunFiles) -> None:
+    manifest = {**run_files.manifest, "sampler": {"name": "map"}}
+    files = dataclasses.replace(run_files, manifest=manifest)
+    said = [b.text for b in shifted(files).blocks if isinstance(b, Text)]
+    assert said[0].startswith("The deep ensemble's predictive entropy")
+    tables = [b for b in shifted(files).blocks if isinstance(b, Table) and "telling" in b.caption]
+    assert [list(t.columns)[1:] for t in tables] == [
+        ["deep ensemble", "MAP", "deep ensemble less MAP"]
+    ] * 2
+    for section in (calibration(files), selective(files)):
+        charts = [b for b in section.blocks if isinstance(b, Chart)]
+        names = {trace["name"] for trace in charts[0].figure["data"]}
+        assert "deep ensemble" in names
+        assert "posterior ensemble" not in names
+
+
+def test_a_set_of_other_labels_says_why_it_has_no_accuracy(run_files: RunFiles) -> None:
+    other = copy.deepcopy(dict(run_files.others["shifted"]))
+    other["ood"]["labelled"] = False
+    other["ensemble"] = {"accuracy": None, "accuracy_reason": "other label space: sports"}
+    blocks = shifted(dataclasses.replace(run_files, others={"shifted": other})).blocks
+    assert Missing("Accuracy on shifted", "other label space: sports") in blocks
 
 
 def test_no_other_set_says_how_to_get_one(run_files: RunFiles) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from bayesian_lora.metrics import ensemble_log_probs
+from bayesian_lora.scores import selective
 from bayesian_lora.scores.bootstrap import replicate
 from bayesian_lora.scores.resampled_figures import (
+    accuracy_statistic,
     classification_figures,
     classification_statistic,
     regression_figures,
@@ -105,6 +107,21 @@ def test_own_figures_of_a_regression_are_those_asked_for():
     got = regression_statistic(means, [1.0], [1.0], labels, ("spearman",))(counts)
     assert "pearson" not in got
     assert got["spearman"] == pytest.approx([1.0])
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("n", [1, 7, 40, 400])
+def test_accuracy_at_coverages_equals_the_plain_one_of_the_drawn_examples(n: int, ties: bool):
+    rng = np.random.default_rng(n)
+    score, wrong = rng.random(n), rng.random(n) < 0.3
+    if ties:
+        score = np.round(score, 1)
+    shares = (0.05, 0.5, 0.95, 1.0)
+    index, counts = resampled(n)
+    got = accuracy_statistic(score, wrong, shares)(counts)
+    for b, i in enumerate(index):
+        plain = selective.accuracy_at(score[i], wrong[i], shares)
+        assert plain == pytest.approx({name: values[b] for name, values in got.items()}, abs=1e-12)
 
 
 def test_a_large_row_is_quick():

@@ -12,16 +12,19 @@ from bayesian_lora.assessment.evaluation import alone
 from bayesian_lora.metrics import ECE_BINS, Array, uncertainty_per_example
 from bayesian_lora.predict import Predictions
 from bayesian_lora.scores import calibration, selective
+from bayesian_lora.scores.bootstrap import replicate, standard_errors
 from bayesian_lora.scores.calibration import Bins
+from bayesian_lora.scores.resampled_figures import accuracy_statistic
 
 Figures = dict[str, Any]
 
 POINTS = 100
 """Of a risk–coverage curve at most; fewer examples give one each."""
 COVERAGES = (0.5, 0.8, 0.9, 0.95)
+ACCURACY = ("accuracy_at", "map_accuracy_at")
 SCORE = "predictive_entropy"
 SEED = 0
-"""Of the labels that a calibrated model would draw: the same predictions, the same figures."""
+"""Of resamples and of a calibrated model's labels: the same predictions, the same figures."""
 REGRESSION = "a regression has no classes"
 
 
@@ -60,10 +63,11 @@ def selective_figures(regression: bool, starts: Predictions, p: Predictions) -> 
     Returns:
         ``score``: what is doubted by; ``coverage``: at most `POINTS` shares; ``risk`` {map,
         ensemble}: the share of wrong answers at each, of MAP the mean over the warm starts;
-        ``accuracy_at``: of the ensemble, and ``map_accuracy_at``, at `COVERAGES`.
+        ``accuracy_at``: of the ensemble, and ``map_accuracy_at``, at `COVERAGES`; with ``_se``
+        behind it the standard error over examples of each, by bootstrap.
     """
     if regression:
-        names = ("score", "coverage", "risk", "accuracy_at", "map_accuracy_at")
+        names = ("score", "coverage", "risk", *ACCURACY, *(f"{name}_se" for name in ACCURACY))
         return {**dict.fromkeys(names), "reason": REGRESSION}
     each, own = [doubt(one) for one in alone(starts)], doubt(p)
     n = len(p)
@@ -79,10 +83,23 @@ def selective_figures(regression: bool, starts: Predictions, p: Predictions) -> 
         },
         "accuracy_at": selective.accuracy_at(*own, COVERAGES),
         "map_accuracy_at": _means([selective.accuracy_at(*one, COVERAGES) for one in each]),
+        **_accuracy_errors(own, each, n),
     }
 
 
-def doubt(p: Predictions) -> tuple[Array, np.ndarray]:
+Doubt = tuple[Array, np.ndarray]
+
+
+def _accuracy_errors(own: Doubt, each: Sequence[Doubt], n: int) -> Figures:
+    """Of accuracy_at of the ensemble, and of its mean over the warm starts."""
+    rows = {str(i): accuracy_statistic(*one, COVERAGES) for i, one in enumerate((own, *each))}
+    drawn = replicate(rows, n, np.random.default_rng(SEED))
+    first, *others = rows
+    spread = zip(ACCURACY, (drawn.mean([first]), drawn.mean(others)), strict=True)
+    return {f"{name}_se": standard_errors(values, n) for name, values in spread}
+
+
+def doubt(p: Predictions) -> Doubt:
     """The mixture's predictive entropy (N,) in nats, and whether its answer is wrong (N,)."""
     entropy = uncertainty_per_example(p.logits, p.weights)["predictive_entropy"]
     return entropy, p.probs.argmax(axis=1) != p.labels

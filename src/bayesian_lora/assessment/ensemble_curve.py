@@ -16,6 +16,8 @@ Figures = dict[str, Any]
 
 POINTS = 100
 """Of the curve at most; fewer members give one a member."""
+ERRORS = 2.0
+"""Standard errors of a paired difference that count as none: by chance one in twenty is beyond."""
 ROUNDING = 1e-12
 """Nats: mixtures of equal members differ by no more."""
 REGRESSION = "a regression has no classes"
@@ -35,12 +37,20 @@ def cumulative(regression: bool, p: Predictions, chains: int = 1) -> Figures:
         ``difference_se``: the mean over examples of the first k's NLL less the whole's, in nats,
         and its standard error; and ``enough``:
 
-        - ``k``: the smallest whole draw's k from which on the NLL differs from the whole's by no
-          more than one standard error of that difference over examples (paired, so the harder of
-          the two). The bootstrap's standard error of a mean is σ/√N exactly (Efron & Tibshirani
-          1993, section 5.2), so none is drawn. None with the reason if only the whole is.
-        - ``k_within_nll_se``: the same with ``nll_se``, the standard error of the whole's NLL
+        - ``k``: the smallest whole draw's k of at most half of the whole from which on, up to the
+          half, the NLL differs from the whole's by no more than `ERRORS` standard errors of that
+          difference over examples (paired, so the harder of the two). The bootstrap's standard
+          error of a mean is σ/√N exactly (Efron & Tibshirani 1993, section 5.2), so none is drawn.
+        - ``k_within_nll_se``: the same with one ``nll_se``, the standard error of the whole's NLL
           itself: from there on more samples change it less than another test set would.
+        - ``still_to_gain``, ``still_to_gain_se``: NLL of the half less the whole's. Of independent
+          members the NLL of k exceeds that of infinitely many by about c/k, so the half is c/K
+          above the whole, and by as much the whole is above what more members would reach.
+
+        None with a reason where even the half is too far off. Beyond the half nothing is judged:
+        such k share most of their members with the whole, so they come near it whatever is still
+        to be gained. The order is that of the draws, so if the chains still move, early k say what
+        early draws are worth.
     """
     kept = np.flatnonzero(p.weights > 0)
     ks = _points(len(kept), chains)
@@ -57,10 +67,7 @@ def cumulative(regression: bool, p: Predictions, chains: int = 1) -> Figures:
     gaps = [loss - losses[-1] for loss in losses]
     found["difference"] = [float(gap.mean()) for gap in gaps]
     found["difference_se"] = [_se(gap) for gap in gaps]
-    judged = [i for i, k in enumerate(ks) if k % chains == 0 or k == ks[-1]]
-    if len(judged) == 1:  # one draw a chain, or none of some
-        judged = list(range(len(ks)))
-    return {**found, "enough": _enough(ks, judged, found, _se(losses[-1]), len(p))}
+    return {**found, "enough": _enough(ks, chains, found, _se(losses[-1]), len(p))}
 
 
 def _points(members: int, chains: int) -> list[int]:
@@ -102,33 +109,41 @@ def _se(values: Array) -> float:
     return float(values.std() / np.sqrt(len(values)))
 
 
-def _enough(
-    ks: list[int], judged: list[int], found: Figures, nll_se: float, examples: int
-) -> Figures:
+def _enough(ks: list[int], chains: int, found: Figures, nll_se: float, examples: int) -> Figures:
     if len(ks) == 1 or examples == 1:
         why = ONE if len(ks) == 1 else ONE_EXAMPLE
-        return {**dict.fromkeys(("k", "k_within_nll_se", "nll_se")), "reason": why}
-    gaps = [abs(found["difference"][i]) for i in judged]
+        names = ("k", "k_within_nll_se", "nll_se", "still_to_gain", "still_to_gain_se")
+        return {**dict.fromkeys(names), "reason": why}
+    half = [i for i, k in enumerate(ks) if 2 * k <= ks[-1]]
+    # One draw a chain has no whole draws before the last: any of its members count.
+    judged = [i for i in half if ks[i] % chains == 0] or half
+    gaps = [found["difference"][i] for i in judged]
     errors = [found["difference_se"][i] for i in judged]
     at = [ks[i] for i in judged]
-    paired = _settled(at, gaps, errors)
+    paired = _settled(at, gaps, [ERRORS * error for error in errors])
     alone = _settled(at, gaps, [nll_se] * len(at))
-    before = f"at {at[-2]} of {at[-1]} samples NLL still differs by {gaps[-2]:.2g}"
+    before = f"NLL of the first {at[-1]} of {ks[-1]} samples still differs by {gaps[-1]:+.2g}"
+    advice = (
+        "about as much is still to be gained: draw more"
+        if gaps[-1] > 0
+        else "the later samples are worse than the first: see whether the chains still move"
+    )
     reason = (
-        f"{before}, more than its standard error of {errors[-2]:.2g}: draw more"
+        f"{before} from the whole's, more than {ERRORS:g} standard errors ({errors[-1]:.2g}) of "
+        f"that; {advice}"
         if paired is None
-        else f"from {paired} of {at[-1]} samples on NLL stays within one standard error of its "
-        "difference from the whole's"
+        else f"from {paired} samples on, up to half of the {ks[-1]}, NLL is within {ERRORS:g} "
+        "standard errors of the whole's, paired"
     )
     enough = {"k": paired, "reason": reason, "k_within_nll_se": alone, "nll_se": nll_se}
     if alone is None:
         enough["k_within_nll_se_reason"] = f"{before}, more than NLL's own standard error"
-    return enough
+    return {**enough, "still_to_gain": gaps[-1], "still_to_gain_se": errors[-1]}
 
 
 def _settled(ks: list[int], gaps: list[float], errors: list[float]) -> int | None:
-    """The smallest k from which every gap is within its error; None if the whole's alone is."""
-    first = len(ks) - 1
-    while first > 0 and gaps[first - 1] <= errors[first - 1] + ROUNDING:
+    """The smallest k from which every gap is within its error; None if the last is not."""
+    first = len(ks)
+    while first > 0 and abs(gaps[first - 1]) <= errors[first - 1] + ROUNDING:
         first -= 1
-    return ks[first] if first < len(ks) - 1 else None
+    return ks[first] if first < len(ks) else None

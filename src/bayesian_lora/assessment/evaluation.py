@@ -147,6 +147,10 @@ def scale(
 ) -> tuple[Predictions, list[float]] | str:
     """Every member with the temperature that fits it best on held-out data (Guo et al. 2017).
 
+    Early-stopped fits were chosen by their loss on these very data, which therefore look a little
+    better to them than others do: their temperature errs on the low side, by little where the
+    held-out share is large. The last epoch's fits were not chosen by them.
+
     Returns:
         The members with their logits divided by their temperatures, and these (K,); or why not:
         a regression, or no held-out data.
@@ -180,18 +184,29 @@ def no_temperature(reason: str) -> Figures:
 
 
 def scaled_means(rows: Sequence[Figures], temperatures: Sequence[float]) -> Figures:
-    """Means of the figures of members that `scale` has made, and of their temperatures."""
+    """Means of the figures of members that `scale` has made, and of their temperatures.
+
+    ``temperature_note`` stands beside where some stopped at a bound: no temperature fits best then
+    (every held-out answer right, or none better than chance), and the row is no fair baseline.
+    """
     figures: Figures = {}
     each = [{**row, "temperature": t} for row, t in zip(rows, temperatures, strict=True)]
     for name, spread in mean_and_sd(each).items():
         figures[name] = spread["mean"]
         if "reason" in spread:
             figures[f"{name}_reason"] = spread["reason"]
+    low, high = metrics.TEMPERATURE_BOUNDS
+    if stuck := sum(not 1.001 * low < t < high / 1.001 for t in temperatures):
+        figures["temperature_note"] = (
+            f"{stuck} of {len(temperatures)} temperatures stopped at a bound ({low:g} or "
+            f"{high:g}): the held-out examples do not settle them, so this is no fair baseline"
+        )
     return figures
 
 
 def uncertainty(regression: bool, p: Predictions) -> Figures:
-    """Mean predictive entropy, expected entropy, mutual information (nats).
+    """Mean predictive entropy, expected entropy, mutual information (nats), and ``<name>_se``, the
+    standard error over examples of each.
 
     The last two need every member on every input: null with the reason where some were left out.
     """
@@ -202,7 +217,17 @@ def uncertainty(regression: bool, p: Predictions) -> Figures:
     if left_out(p):
         for name in ("expected_entropy", "mutual_information"):
             figures |= {name: None, f"{name}_reason": LEFT_OUT}
+    for name, values in metrics.uncertainty_per_example(p.logits, p.weights).items():
+        if figures[name] is not None:
+            figures |= _error(f"{name}_se", values)
     return figures
+
+
+def _error(name: str, values: np.ndarray) -> Figures:
+    """The standard error of the mean of `values` (N,), as the bootstrap would give it: σ/√N."""
+    if len(values) < 2:
+        return {name: None, f"{name}_reason": "one example has no spread: evaluate on more"}
+    return {name: float(values.std() / np.sqrt(len(values)))}
 
 
 def against_truth(p: Predictions) -> Figures:
@@ -210,20 +235,23 @@ def against_truth(p: Predictions) -> Figures:
     to truth; else nothing.
 
     ``expected_nll`` is the mean over x of −Σ_y p(y|x) log q(y|x), free of the labels' noise;
-    ``excess`` is it minus the entropy of p: the mean KL(p ‖ q), zero for the truth alone.
+    ``excess`` is it minus the entropy of p: the mean KL(p ‖ q), zero for the truth alone;
+    ``excess_se`` is its standard error over examples.
     """
     if p.true_probs is None:
         return {}
     truth = p.true_probs
     log_q = metrics.ensemble_log_probs(p.logits, p.weights)
-    entropy = -(truth * np.log(truth)).sum(1).mean()
+    # What cannot happen adds nothing: 0 log 0 = 0.
+    entropy = -(truth * np.log(np.where(truth > 0, truth, 1.0))).sum(1)
     drawn = truth[np.arange(len(p)), p.labels]
-    expected = -(truth * log_q).sum(1).mean()
+    expected = -(truth * log_q).sum(1)
     figures = {
         "bayes_nll": float(-np.log(drawn).mean()),
         "bayes_accuracy": float((truth.argmax(1) == p.labels).mean()),
-        "expected_nll": float(expected),
-        "excess": float(expected - entropy),
+        "expected_nll": float(expected.mean()),
+        "excess": float(expected.mean() - entropy.mean()),
+        **_error("excess_se", expected - entropy),
     }
     return {"truth": figures}
 

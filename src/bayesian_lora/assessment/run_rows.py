@@ -23,8 +23,6 @@ KINDS = ("last", "early_stopped")
 SCALED = "temperature_scaled"
 MOST = 20
 """Members, spread evenly, whose mean's standard error over examples stands for that of all."""
-EXPECTED_REPLICATES = 200
-"""Of the ECE that a calibrated model would score: its mean is then known to a 14th of its sd."""
 NOT_KEPT = "the run keeps no such fits"
 
 Row = list[Predictions] | str
@@ -123,8 +121,8 @@ class _Work:
             regression = self.given.regression
             found = evaluation.evaluate_in_full(self.given.own, regression, p)
             if not regression:
-                rng = np.random.default_rng(SEED)
-                expected = calibration.expected_ece(p.probs, rng, EXPECTED_REPLICATES)
+                # As in the diagrams: the same figure twice in a file is the same number.
+                expected = calibration.expected_ece(p.probs, np.random.default_rng(SEED))
                 found["expected_ece"] = expected["mean"]
             self._figures[id(p)] = found
         return self._figures[id(p)]

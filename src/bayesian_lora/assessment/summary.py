@@ -91,6 +91,10 @@ def _value(m: Figures, row: str, name: str) -> float | None:
     return value["mean"] if isinstance(value, dict) else value
 
 
+def _plus_minus(error: float | None, form: str) -> str:
+    return "" if error is None else f" ± {error:{form}}"
+
+
 def _short(error: float) -> str:
     """Five characters, without the nought before the point."""
     text = f"{error:.4f}"
@@ -105,7 +109,8 @@ def closing_lines(m: Figures) -> list[str]:
             f"Bayes-optimal NLL on these labels: {truth['bayes_nll']:.4f} "
             f"(ensemble {m['ensemble']['nll']:.4f}); Bayes-optimal accuracy "
             f"{truth['bayes_accuracy']:.1%}",
-            f"Mean KL from the known p(y | x) to the ensemble: {truth['excess']:.4f} nats",
+            f"Mean KL from the known p(y | x) to the ensemble: {truth['excess']:.4f}"
+            f"{_plus_minus(truth.get('excess_se'), '.4f')} nats",
         ]
     uncertainty = m["uncertainty"]
     if uncertainty.get("predictive_entropy") is not None:
@@ -135,6 +140,11 @@ def _trust_lines(m: Figures) -> list[str]:
         lines.append(f"± one standard error over the {m['n']} examples, by bootstrap")
     elif reason := errors.get("ensemble_reason"):
         lines.append(f"Standard errors are not available: {reason}")
+    lines += [
+        f"{title}: {m[row]['temperature_note']}"
+        for row, title in _rows(m).items()
+        if m[row].get("temperature_note")
+    ]
     lines += _against_lines(m, errors)
     if expected := (m.get("calibration") or {}).get("expected_ece"):
         lines.append(
@@ -142,10 +152,10 @@ def _trust_lines(m: Figures) -> list[str]:
             f"{_short(expected['sd'])} on {m['n']} examples (ensemble {_number(ensemble['ece'])})"
         )
     if ensemble.get("aurc") is not None:
-        at = m["selective"]["accuracy_at"]
+        at, error = m["selective"]["accuracy_at"]["0.8"], m["selective"].get("accuracy_at_se") or {}
         lines.append(
             f"Area under risk–coverage: {ensemble['aurc']:.4f}; accuracy on the surest 80 %: "
-            f"{at['0.8']:.1%}"
+            f"{at:.1%}{_plus_minus(error.get('0.8'), '.1%')}"
         )
     if (inside := ensemble.get("coverage_0.9")) is not None:
         lines.append(f"Central 90 % intervals hold {inside:.1%} of the labels")

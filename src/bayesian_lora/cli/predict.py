@@ -14,7 +14,7 @@ from bayesian_lora.cli.options import Device, in_options, refuse
 from bayesian_lora.errors import InputError
 
 if TYPE_CHECKING:
-    from bayesian_lora.abstention import Abstention, RiskThreshold
+    from bayesian_lora.abstention import Abstention
     from bayesian_lora.data.text_streams import Record, Wanted
     from bayesian_lora.experiment.predicting import Found
     from bayesian_lora.serving import Predictor, Service
@@ -97,7 +97,7 @@ def predict(
     _bound_caches()
     if source is not None and texts:
         raise InputError(f"--input {source}: texts are given as arguments; leave one of both out")
-    _check(abstain_above, target_risk, tolerance, score)
+    _check(abstain_above, target_risk, confidence, tolerance, score)
     form = _output_format(output, out)
     from bayesian_lora.cli.text_input import open_texts
     from bayesian_lora.experiment.predicting import find, open_service, wanted
@@ -136,9 +136,11 @@ def _refuse_idle(context: typer.Context) -> None:
         refuse(context, columns, "it acts on an input, not on texts given as arguments")
 
 
-def _check(above: float | None, risk: float | None, tolerance: float | None, score: str) -> None:
+def _check(
+    above: float | None, risk: float | None, confidence: float, tolerance: float | None, score: str
+) -> None:
     """Mistakes that need no file."""
-    from bayesian_lora.abstention import Abstention, check_score
+    from bayesian_lora.abstention import Abstention, check_score, check_target
 
     if above is not None and risk is not None:
         raise InputError("--abstain-above and --target-risk exclude each other: the second finds "
@@ -148,6 +150,8 @@ def _check(above: float | None, risk: float | None, tolerance: float | None, sco
             "--target-risk and --tolerance exclude each other: the threshold holds for the whole "
             "ensemble's probabilities, not for those nearby; drop one"
         )
+    if risk is not None:
+        check_target(risk, confidence)
     check_score(score, left_out=tolerance is not None)
     if above is not None:
         try:
@@ -187,20 +191,8 @@ def _abstention(
     if target is None:
         return None if above is None else Abstention(above, score)
     limit, split = found_threshold(found, target, confidence, score, k)
-    typer.echo(_said(limit, split), err=True)
+    typer.echo(limit.said(split), err=True)
     return Abstention(limit.above, limit.score)
-
-
-def _said(limit: "RiskThreshold", split: str) -> str:
-    """A threshold, what it was found on, and what holds of it."""
-    on = f"the {limit.n} examples of {split}"
-    where = f"Abstains where {limit.score} > {limit.above:.6g}: of {on} {limit.kept:.1%} are kept"
-    if not limit.confidence:
-        return f"{where}, {limit.risk:.1%} of them wrong. Other texts may differ: no guarantee."
-    return (
-        f"{where}, {limit.risk:.1%} of them wrong; with confidence {limit.confidence:g} at most "
-        f"{limit.target:g} of the labels given to texts drawn as these were."
-    )
 
 
 class _Job:
@@ -276,8 +268,10 @@ class _Job:
                 f"{self.predictor.cut} of {written} texts reached {self.predictor.max_length} "
                 "tokens, after which the model reads nothing."
             )
+        if not written:
+            notes.append("The input holds no text, so there is no answer.")
         if self.empty:
-            notes.append(f"{self.empty} of {written} texts are empty and were given no label.")
+            notes.append(f"Empty, so without a label: {self.empty} of {written} texts.")
         if written and self.service.members == 1:
             what = "members_sd" if self.service.regression else "mutual_information"
             notes.append(f"{what} is null: one member alone cannot disagree with itself.")

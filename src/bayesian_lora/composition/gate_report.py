@@ -25,6 +25,7 @@ from bayesian_lora.data.joined import JoinedSet
 from bayesian_lora.errors import InputError
 from bayesian_lora.metrics import Array
 from bayesian_lora.predict import Predictions
+from bayesian_lora.scores import selective
 from bayesian_lora.utils.text_table import aligned
 
 COVERAGES = tuple(i / 10 for i in range(1, 11))
@@ -223,16 +224,14 @@ def abstention(doubt: np.ndarray, right: np.ndarray) -> Figures:
         doubt: (N,), such as the predictive entropy.
         right: (N,), whether the answer is right.
     """
-    _, group, sizes = np.unique(doubt, return_inverse=True, return_counts=True)
-    share = np.bincount(group, weights=right.astype(np.float64)) / sizes
-    accuracy = np.cumsum(np.repeat(share, sizes)) / np.arange(1, len(doubt) + 1)
-    best = np.sort(right.astype(np.float64))[::-1]
-    at = [max(1, round(c * len(doubt))) - 1 for c in COVERAGES]
+    wrong = ~right.astype(bool)
+    risk = selective.risk_coverage(doubt, wrong)[1]
+    at = [max(1, round(c * len(risk))) - 1 for c in COVERAGES]
     return {
         "coverage": list(COVERAGES),
-        "accuracy": [float(accuracy[i]) for i in at],
-        "area": float((1 - accuracy).mean()),
-        "area_of_oracle": float((1 - np.cumsum(best) / np.arange(1, len(doubt) + 1)).mean()),
+        "accuracy": [float(1 - risk[i]) for i in at],
+        "area": float(risk.mean()),
+        "area_of_oracle": selective.aurc(wrong, wrong),
     }
 
 

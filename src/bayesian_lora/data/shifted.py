@@ -194,7 +194,8 @@ def _file(task: TaskSpec, given: str) -> Shifted:
             label_range=task.label_range,
         )
     except InputError as error:
-        why = f"other label space than {task.name}'s: {error}"
+        found = str(error).partition(": mend the row")[0]  # here they need not be the task's
+        why = f"other label space than {task.name}'s: {found}"
         return Shifted(name, unlabelled, labelled=False, why=why)
     return Shifted(name, examples, labelled=True)
 

@@ -132,13 +132,16 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     if line.lstrip().startswith("["):
         raise InputError(f"{place}: a JSON list; write one object {{…}} a line (JSON lines)")
     try:
-        value = json.loads(line, parse_constant=_no_json)
+        value = json.loads(line.rstrip("\r\n"), parse_constant=_no_json)
         if "\\u" in line:  # half of a surrogate pair, which JSON can write and no text can hold
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise InputError(
             f"{place}: has lone surrogates, which are no Unicode characters: mend the line"
         ) from error
+    except json.JSONDecodeError as error:  # whose own words count lines from this one
+        found = f"{error.msg} at character {error.pos + 1}"
+        raise InputError(f"{place}: not valid JSON ({found}): one object {{…}} a line") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{place}: not valid JSON ({error}): one object {{…}} a line") from error
     if not isinstance(value, dict):

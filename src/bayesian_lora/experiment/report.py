@@ -17,6 +17,7 @@ from bayesian_lora.report.run_report import run_page
 from bayesian_lora.utils.files import read_json
 
 REPORT = "report.html"
+DOCTYPE = b"<!DOCTYPE HTML>"
 
 
 def write_report(
@@ -35,13 +36,19 @@ def write_report(
         progress: where lines go.
 
     Raises:
-        InputError: neither is there, or it has nothing to report yet; `out` is a folder.
+        InputError: neither is there, or it has nothing to report yet; `out` is a folder, or a file
+            that is no page.
     """
     progress = progress or Progress()
     folder = Path(root)
     path = folder / REPORT if out is None else Path(out)
     if path.is_dir():
         raise InputError(f"--out {path}: a folder; name a file, such as {path / REPORT}")
+    if path.is_file() and not _is_page(path):
+        raise InputError(
+            f"--out {path}: there already, and no HTML page, so it is not replaced; name another "
+            "file"
+        )
     if (folder / "comparison.json").is_file():
         page = comparison_of(folder)
     elif (folder / "run.json").is_file():
@@ -54,6 +61,13 @@ def write_report(
     write(path, page)
     progress.say(f"Report: {path} ({path.stat().st_size / 1e6:.2f} MB)")
     return path
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file may be replaced by a report: an HTML page, or empty."""
+    with path.open("rb") as file:
+        begun = file.read(len(DOCTYPE))
+    return not begun or begun.upper() == DOCTYPE
 
 
 def page_of(root: Path, data_dir: str | None = None) -> Page:

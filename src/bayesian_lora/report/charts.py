@@ -18,6 +18,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star")
 FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 LEGEND_PX, TITLE_PX, AXIS_PX, BETWEEN_PX = 34, 22, 50, 30
+MOST_TICKS = 10
 DIGITS = 5
 """Significant digits of a point: more would fill the file and not be seen."""
 
@@ -105,11 +106,20 @@ def chart(
         left = column * (width + 0.13)
         ends = [max(0.0, top - height), top]
         foot = not alike or place + columns >= len(panels)
-        layout |= _axes(place, panel, [left, min(1.0, left + width)], ends, foot)
+        panel_axes = _axes(place, panel, [left, min(1.0, left + width)], ends, foot)
+        if _few_whole([v for one in series if one.panel == place for v in one.x]):
+            panel_axes[f"xaxis{place + 1 if place else ''}"]["dtick"] = 1
+        layout |= panel_axes
         if panel.title:
             layout["annotations"].append(_title(panel.title, left, top))
     data = [_trace(one) for one in series]
     return Chart({"data": data, "layout": layout}, text, caption, numbers)
+
+
+def _few_whole(values: Sequence[float | str | None]) -> bool:
+    """Whether an axis counts up a few whole numbers, so that ticks between them would be none."""
+    whole = [v for v in values if isinstance(v, int)]
+    return len(whole) == len(values) > 0 and max(whole) - min(whole) <= MOST_TICKS
 
 
 def rounded(values: Sequence[float | str | None]) -> list[Any]:

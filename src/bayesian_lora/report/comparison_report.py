@@ -5,14 +5,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from bayesian_lora.report.charts import Panel, Series, chart
-from bayesian_lora.report.page import Block, Chart, Missing, Page, Section, Table, Text, cell
+from bayesian_lora.report.page import (
+    Block,
+    Chart,
+    Missing,
+    Page,
+    Section,
+    Table,
+    Text,
+    cell,
+    with_error,
+)
 from bayesian_lora.report.record import listed
-from bayesian_lora.report.run_figures import NAMES, figure, standard_error, verdict, with_error
-from bayesian_lora.report.run_files import AGAIN, RunFiles
+from bayesian_lora.report.run_files import AGAIN, RunFiles, difference_error, figure, standard_error
+from bayesian_lora.report.verdicts import CLEAR, NAMES, strongest, verdict, way_of
 
 Row = Mapping[str, Any]
 
+LED_BY = ("ensemble", "nll")
 PLOTTED = ("nll", "ece", "accuracy", "pearson")
+HOW = (
+    *("step_size", "targets", "tempering", "rhat_max", "ess_per_1000", "t_eff", "verdict"),
+    *("seconds", "status"),
+)
+"""Columns of the table that are no figures of an evaluation."""
 APART = 0.16
 """Of the distance between cells."""
 KINDS = {
@@ -44,9 +60,39 @@ def comparison_page(found: Compared, name: str) -> Page:
         f"{name}: comparison",
         f"{len(found.table)} cells over {varied or 'nothing'}, {len(found.cells)} of them "
         "finished and evaluated.",
-        [_table(found), _forest(found), _words(found)],
+        [_short(found), _table(found), _forest(found), _words(found)],
         "Made by bayesian-lora from the files of the comparison's folder alone.",
     )
+
+
+def _short(found: Compared) -> Section:
+    """The best cell, and how many are told from their strongest baselines."""
+    title = "In short"
+    order = [c for c in figure_order(found.cells, "nll") if found.cells[c].sampled]
+    if not order:
+        why = "no cell that sampled is finished and evaluated"
+        return Section(title, "short", [Missing("Summary", why)])
+    blocks: list[Block] = []
+    alike = len({found.cells[c].metrics.get("task") for c in order}) == 1
+    if alike and len(order) > 1:
+        best = found.cells[order[0]]
+        lead, error = figure(best.metrics["ensemble"], "nll"), standard_error(best, *LED_BY)
+        shown = with_error(lead, error, AGAIN).text
+        words = f"The lowest NLL of a posterior ensemble is that of {order[0]}, {shown}"
+        words += ". Chosen among several on the examples that it is judged by, it is flattered."
+        blocks.append(Text(words, "answer"))
+    bests = {c: strongest(found.cells[c].metrics) for c in order}
+    errors = {c: difference_error(found.cells[c], b, "nll") for c, b in bests.items() if b}
+    known = {c: b for c, b in bests.items() if b and errors[c] is not None}
+    ways = [way_of(found.cells[c], b, "nll") for c, b in known.items()]
+    words = (
+        f"Of {len(order)} posterior ensembles {ways.count(1)} have a lower NLL than the strongest "
+        f"simple baseline of their cell by more than {CLEAR:g} standard errors, {ways.count(-1)} a "
+        f"higher one, and {ways.count(0)} cannot be told from it"
+    )
+    if len(known) < len(order):
+        words += f"; of {len(order) - len(known)} no standard error is known: {AGAIN}"
+    return Section(title, "short", [*blocks, Text(f"{words}.", "answer")])
 
 
 def _table(found: Compared) -> Section:
@@ -54,8 +100,20 @@ def _table(found: Compared) -> Section:
     blocks: list[Block] = [Missing("Table", "the comparison has no cells")]
     if columns:
         why = "this cell has no such figure, or is not finished"
-        rows = [[cell(row[c], reason=why) for c in columns] for row in found.table]
-        blocks = [Table("Cells", [c.replace("_", " ") for c in columns], rows)]
+        figures = [c for c in columns if c not in HOW]
+        ways = [c for c in columns if c in found.axes or c in HOW]
+        # Side by side they would be wider than a page of paper.
+        parts = [("Figures of the cells", figures)]
+        if set(ways) - set(found.axes):
+            parts.append(("Samplers, chains and cost of the cells", ways))
+        blocks = [
+            Table(
+                title,
+                [c.replace("_", " ") for c in names],
+                [[cell(row[c], reason=why) for c in names] for row in found.table],
+            )
+            for title, names in parts
+        ]
     return Section("Table", "table", [*blocks, *(Text(note) for note in found.notes)])
 
 

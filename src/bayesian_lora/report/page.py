@@ -179,6 +179,14 @@ def number(value: float, digits: int = 4) -> str:
     return f"{value:,.{digits}f}"
 
 
+def with_error(value: float | None, error: float | None, reason: str, digits: int = 4) -> Cell:
+    """``0.8480 ± 0.0120``."""
+    if value is None:
+        return cell(None, reason=reason)
+    shown = number(value, digits)
+    return Cell(shown if error is None else f"{shown} ± {number(error, digits)}")
+
+
 def render(page: Page) -> str:
     """The page as HTML.
 

@@ -4,16 +4,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bayesian_lora.report.charts import Panel, Series, chart
-from bayesian_lora.report.page import Block, Chart, Missing, Section, Table, Text, cell
-from bayesian_lora.report.run_figures import figure
-from bayesian_lora.report.run_files import AGAIN, RunFiles
+from bayesian_lora.report.page import Block, Chart, Missing, Section, Table, Text, cell, with_error
+from bayesian_lora.report.run_files import AGAIN, RunFiles, figure
 
 Figures = Mapping[str, Any]
 
-SHOWN = {"map": "MAP", "ensemble": "posterior ensemble"}
+SHOWN = ("map", "ensemble")
 CLASSES_ONLY = "a regression has no class probabilities"
 MOST_ROWS = 21
 """Of a table of a curve's points."""
+
+
+def shown(files: RunFiles) -> dict[str, str]:
+    """Titles of the rows in `SHOWN`; of a run that sampled nothing the members are MAP fits."""
+    whole = "posterior ensemble" if files.sampled else "deep ensemble"
+    return dict(zip(SHOWN, ("MAP", whole), strict=True))
 
 
 def calibration(files: RunFiles) -> Section:
@@ -25,6 +30,7 @@ def calibration(files: RunFiles) -> Section:
         missing = Missing("Reliability diagram", why)
         return Section("Calibration", "calibration", [missing])
     blocks: list[Block] = []
+    reliability = found.get("reliability") or {}
     expected = found.get("expected_ece") or {}
     own = figure(files.metrics.get("ensemble"), "ece")
     if expected.get("mean") is not None and own is not None:
@@ -35,14 +41,13 @@ def calibration(files: RunFiles) -> Section:
                 f"The ensemble's ECE is {own:.4f}. A perfectly calibrated model with these very "
                 f"probabilities would score {mean:.4f} ± {sd:.4f} on {files.metrics.get('n')} "
                 f"examples by chance alone: its miscalibration is {judged} what chance explains "
-                "(two standard deviations).",
+                f"(two standard deviations).{_lean(reliability.get('ensemble'))}",
                 "answer",
             )
         )
-    reliability = found.get("reliability") or {}
     rows = {k: reliability[k] for k in SHOWN if isinstance(reliability.get(k), Mapping)}
     if rows:
-        blocks.append(_reliability(rows))
+        blocks.append(_reliability(rows, shown(files)))
     else:
         blocks.append(Missing("Reliability diagram", f"no bins in metrics.json: {AGAIN}"))
     return Section("Calibration", "calibration", blocks)
@@ -60,25 +65,25 @@ def _coverage(files: RunFiles) -> Block:
         rows.append([cell(f"{asked:.0%}"), *own])
     return Table(
         "Labels inside the central intervals of the predictive mixture",
-        ["Asked for", *SHOWN.values()],
+        ["Asked for", *shown(files).values()],
         rows,
     )
 
 
-def _reliability(rows: Mapping[str, Figures]) -> Chart:
+def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Chart:
     series = [Series("perfect", [0, 1], [0, 1], colour=None, style=1)]
     table = []
     for place, (name, row) in enumerate(rows.items()):
         full = [i for i, n in enumerate(row["count"]) if n]
         x, y = ([row[key][i] for i in full] for key in ("confidence", "accuracy"))
-        series.append(Series(SHOWN[name], x, y, "both", place, place))
-        series.append(_counts(SHOWN[name], row, place))
+        series.append(Series(titles[name], x, y, "both", place, place))
+        series.append(_counts(titles[name], row, place))
         bins = len(row["count"])
         for i in full:
             span = f"{i / bins:.2f}–{(i + 1) / bins:.2f}"
             found = [cell(row[key][i], 3) for key in ("confidence", "accuracy")]
-            table.append([cell(f"{SHOWN[name]}, {span}"), *found, cell(int(row["count"][i]))])
-    gaps = {SHOWN[k]: _largest_gap(row) for k, row in rows.items()}
+            table.append([cell(f"{titles[name]}, {span}"), *found, cell(int(row["count"][i]))])
+    gaps = {titles[k]: _largest_gap(row) for k, row in rows.items()}
     text = "; ".join(f"{name}: {words}" for name, words in gaps.items())
     panels = [
         Panel("confidence", "accuracy", "Reliability", (0, 1), (0, 1.02)),
@@ -92,6 +97,19 @@ def _reliability(rows: Mapping[str, Figures]) -> Chart:
         "is overconfident. The warm starts' predictions are pooled.",
         numbers=Table("bins", ["Bin", "Confidence", "Accuracy", "Examples"], table),
     )
+
+
+def _lean(row: Any) -> str:
+    """Whether probabilities are too high or too low on the whole; nothing where no bins are."""
+    if not isinstance(row, Mapping) or not sum(row["count"]):
+        return ""
+    full = [i for i, n in enumerate(row["count"]) if n]
+    total = sum(row["count"])
+    claimed, right = (
+        sum(row["count"][i] * row[key][i] for i in full) / total
+        for key in ("confidence", "accuracy")
+    )
+    return f" On average its top label has probability {claimed:.3f} and is right on {right:.3f}."
 
 
 def _counts(name: str, row: Figures, place: int) -> Series:
@@ -117,7 +135,7 @@ def _largest_gap(row: Figures) -> str:
 
 def selective(files: RunFiles) -> Section:
     """Risk against coverage, and the accuracy where the least certain inputs are left out."""
-    title = "Selective prediction"
+    title, titles = "Selective prediction", shown(files)
     found, why = files.part("selective")
     curves = (found or {}).get("risk") or {}
     curves = {k: curves[k] for k in SHOWN if curves.get(k)}
@@ -127,7 +145,7 @@ def selective(files: RunFiles) -> Section:
         return Section(title, "selective", [Missing("Risk–coverage curve", reason)])
     coverage = found["coverage"]
     series = [
-        Series(SHOWN[name], coverage, risk, "line", place, place)
+        Series(titles[name], coverage, risk, "line", place, place)
         for place, (name, risk) in enumerate(curves.items())
     ]
     rows = [
@@ -135,7 +153,7 @@ def selective(files: RunFiles) -> Section:
         for i in thinned(len(coverage))
     ]
     areas = {name: figure(files.metrics.get(name), "aurc") for name in curves}
-    said = ", ".join(f"{SHOWN[k]} {x:.4f}" for k, x in areas.items() if x is not None)
+    said = ", ".join(f"{titles[k]} {x:.4f}" for k, x in areas.items() if x is not None)
     score = str(found.get("score", "uncertainty")).replace("_", " ")
     blocks: list[Block] = [
         chart(
@@ -146,27 +164,28 @@ def selective(files: RunFiles) -> Section:
                 )
             ],
             text=f"Risk against coverage. At full coverage the risk is "
-            f"{', '.join(f'{curves[k][-1]:.3f} ({SHOWN[k]})' for k in curves)}.",
+            f"{', '.join(f'{curves[k][-1]:.3f} ({titles[k]})' for k in curves)}.",
             caption=f"Inputs are answered from the least {score} on; lower is better. Area under "
             f"the curve (AURC): {said or 'not recorded'}.",
-            numbers=Table("risk", ["Coverage", *(SHOWN[k] for k in curves)], rows),
+            numbers=Table("risk", ["Coverage", *(titles[k] for k in curves)], rows),
         )
     ]
-    if table := _accuracy_at(found):
+    if table := _accuracy_at(found, titles):
         blocks.append(table)
     return Section(title, "selective", blocks)
 
 
-def _accuracy_at(found: Figures) -> Table | None:
-    given = {"map": found.get("map_accuracy_at"), "ensemble": found.get("accuracy_at")}
-    given = {name: row for name, row in given.items() if row}
+def _accuracy_at(found: Figures, titles: Mapping[str, str]) -> Table | None:
+    keys = {"map": "map_accuracy_at", "ensemble": "accuracy_at"}
+    given = {name: key for name, key in keys.items() if found.get(key)}
     if not given:
         return None
-    shares = list(next(iter(given.values())))
-    rows = [
-        [cell(SHOWN[name]), *(cell(row.get(share)) for share in shares)]
-        for name, row in given.items()
-    ]
+    shares = list(found[next(iter(given.values()))])
+    rows = []
+    for name, key in given.items():
+        row, errors = found[key], found.get(f"{key}_se") or {}
+        cells = [with_error(row.get(s), errors.get(s), "not recorded") for s in shares]
+        rows.append([cell(titles[name]), *cells])
     return Table(
         "Accuracy on the most certain inputs", ["", *(f"{float(s):.0%}" for s in shares)], rows
     )

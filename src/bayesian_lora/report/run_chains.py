@@ -200,6 +200,9 @@ def milestones(rows: Sequence[Figures]) -> list[Block]:
     """What the run noted at 1,000, 10,000, … steps."""
     if not rows:
         return [Missing("Milestones", "the run noted none (1,000 sampling steps are the first)")]
+    if all(row.get("ess_min") is None for row in rows):
+        reasons = dict.fromkeys(_why(row, "ess_min") for row in rows)
+        return [Missing("Milestones of the sampling", "; ".join(reasons))]
     body = []
     for row in rows:
         cells = [cell(row.get("step")), cell(row.get("rows"))]
@@ -231,17 +234,20 @@ def _milestone_chart(rows: Sequence[Figures], table: Table) -> Chart:
 
 
 def _key_figures(found: Figures) -> Table:
+    from bayesian_lora import diagnostics
+
     names = {
         **{"rhat_max": "Largest R-hat", "ess_bulk_min": "Least bulk ESS"},
         **{"ess_tail_min": "Least tail ESS", "start_dispersion": "Dispersion of the starts"},
         "t_eff": "Effective temperature",
     }
     aims = {
-        "rhat_max": "at most 1.05",
-        "ess_bulk_min": "at least 100",
+        "rhat_max": f"at most {diagnostics.RHAT_LIMIT:g}",
+        "ess_bulk_min": f"at least {diagnostics.ESS_BULK_LIMIT:g}",
         "t_eff": "the one asked for",
     }
-    aims |= {"start_dispersion": "at least 2 within-chain sd", "ess_tail_min": "–"}
+    spread = f"at least {diagnostics.DISPERSION_LIMIT:g} within-chain sd"
+    aims |= {"start_dispersion": spread, "ess_tail_min": "–"}
     rows = [
         [cell(title), _plain(found.get(n), str(found.get(f"{n}_reason") or "")), cell(aims[n])]
         for n, title in names.items()
@@ -267,7 +273,9 @@ def _quantities(quantities: Figures) -> Block:
         ["Quantity", *COLUMNS.values()],
         rows,
         note="Rank-normalised split R-hat and effective sample sizes of all chains together "
-        f"(Vehtari et al. 2021). Raw parameters ({RAW}…]) are shown without being judged.",
+        "(Vehtari et al. 2021). probe_…: on single fixed examples; log_posterior: "
+        "on a fixed part of the training set; delta_w_…: size and fixed random projections of the "
+        f"adapters' ΔW. Raw parameters ({RAW}…]) are shown without being judged.",
     )
 
 

@@ -114,6 +114,24 @@ def read_run(root: Path) -> RunFiles:
     )
 
 
+def figure(row: Any, name: str) -> float | None:
+    """A figure of a row: its mean where the row is one over warm starts or draws."""
+    found = row.get(name) if isinstance(row, Mapping) else None
+    found = found.get("mean") if isinstance(found, Mapping) else found
+    return float(found) if isinstance(found, int | float) else None
+
+
+def standard_error(files: RunFiles, row: str, name: str) -> float | None:
+    """Over examples, None where it was not computed."""
+    return figure((files.metrics.get("standard_errors") or {}).get(row), name)
+
+
+def difference_error(files: RunFiles, baseline: str, name: str) -> float | None:
+    """Of the ensemble's less a baseline's figure, the examples in pairs; None as above."""
+    found = (files.metrics.get("standard_errors") or {}).get("differences") or {}
+    return figure(found.get(f"ensemble-{baseline}"), name)
+
+
 def _or_why(missing: dict[str, str], name: str, read: Callable[[], Read]) -> Read | None:
     try:
         return read()

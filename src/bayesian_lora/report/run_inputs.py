@@ -12,9 +12,9 @@ import numpy as np
 from bayesian_lora import metrics
 from bayesian_lora.predict import Predictions
 from bayesian_lora.report.charts import Panel, Series, chart
-from bayesian_lora.report.page import Block, Cell, Chart, Missing, Section, Table, cell
-from bayesian_lora.report.run_figures import NAMES, figure
-from bayesian_lora.report.run_files import AGAIN, RunFiles
+from bayesian_lora.report.page import Block, Cell, Chart, Missing, Section, Table, Text, cell
+from bayesian_lora.report.run_files import AGAIN, RunFiles, figure
+from bayesian_lora.report.verdicts import CLEAR, NAMES
 
 Figures = Mapping[str, Any]
 
@@ -24,6 +24,9 @@ LONGEST = 360
 BINS = 30
 MEASURES = {"auroc": "AUROC", "aupr": "AUPR"}
 KINDS = {"scores": "posterior", "map": "MAP", "map_ensemble": "deep ensemble"}
+SIDES = ("inside", "outside")
+FEW = 30
+"""Inputs of a set below which its figures are not put in words."""
 OTHER = "evaluate one with 'bayesian-lora eval RUN --ood NAME_OR_PATH'"
 
 
@@ -41,7 +44,10 @@ def shifted(files: RunFiles) -> Section:
     blocks: list[Block] = []
     for name, found in files.others.items():
         if isinstance(found.get("ood"), Mapping):
-            blocks.append(_scores(name, found["ood"]))
+            blocks += _scores(name, found["ood"], files.sampled)
+            if found["ood"].get("labelled") is False:
+                why = (found.get("ensemble") or {}).get("accuracy_reason")
+                blocks.append(Missing(f"Accuracy on {name}", str(why or "other labels")))
     sets = {n: f for n, f in files.others.items() if n in files.predictions}
     own = files.predictions.get(files.split)
     if own is not None and sets and not files.regression:
@@ -56,26 +62,53 @@ def shifted(files: RunFiles) -> Section:
     return Section(title, "shift", blocks)
 
 
-def _scores(name: str, found: Figures) -> Table:
+def _scores(name: str, found: Figures, sampled: bool) -> list[Block]:
     """AUROC and AUPR of each score, of posterior and MAP, and by how much they differ."""
     kinds = {k: t for k, t in KINDS.items() if isinstance(found.get(k), Mapping)}
+    if not sampled:  # the members are the warm starts
+        kinds = {"scores": KINDS["map_ensemble"], "map": KINDS["map"]}
+    whose = kinds.get("scores", KINDS["scores"])
     gaps = (found.get("differences") or {}).get("ensemble-map") or {}
-    rows = []
-    for score in found.get("scores") or {}:
-        cells = [cell(score.replace("_", " "))]
-        for measure in MEASURES:
-            cells += [_with_error(found[k].get(score) or {}, measure) for k in kinds]
-        rows.append([*cells, _with_error(gaps.get(score) or {}, "auroc", "+")])
     base = found.get("base_rate")
-    note = "" if base is None else f", the AUPR the base rate, {base:.3f}"
-    heads = [f"{title}, {kind}" for title in MEASURES.values() for kind in kinds.values()]
-    return Table(
-        f"Telling {name} ({found.get('outside_n', '?')} inputs) from {found.get('against', '?')} "
-        f"({found.get('inside_n', '?')})",
-        ["Score", *heads, "AUROC, posterior less MAP"],
-        rows,
-        note=f"± is one standard error (bootstrap). By chance the AUROC is 0.5{note}.",
+    chance = {"auroc": "0.5", "aupr": "the base rate" if base is None else f"{base:.3f}"}
+    heads = ["Score", *kinds.values(), f"{whose} less MAP"]
+    blocks: list[Block] = [Text(words, "answer") for words in _told(name, whose, found)]
+    for measure, title in MEASURES.items():
+        rows = [
+            [
+                cell(score.replace("_", " ")),
+                *(_with_error(found[k].get(score) or {}, measure) for k in kinds),
+                _with_error(gaps.get(score) or {}, measure, "+"),
+            ]
+            for score in found.get("scores") or {}
+        ]
+        caption = (
+            f"{title}: telling {name} ({found.get('outside_n', '?')} inputs) from "
+            f"{found.get('against', '?')} ({found.get('inside_n', '?')})"
+        )
+        note = f"± is one standard error (bootstrap). By chance the {title} is {chance[measure]}."
+        blocks.append(Table(caption, heads, rows, note=note))
+    return blocks
+
+
+def _told(name: str, whose: str, found: Figures) -> list[str]:
+    """The AUROC of the predictive entropy in words, none where it is not known."""
+    score, error = (
+        ((found.get("scores") or {}).get("predictive_entropy") or {}).get(key)
+        for key in ("auroc", "auroc_se")
     )
+    if score is None or error is None:
+        return []
+    against, least = found.get("against", "?"), min(found.get(f"{n}_n", 0) for n in SIDES)
+    if least < FEW:
+        return [f"Telling {name} from {against} rests on {least} inputs of one of them: a hint."]
+    shown = f"AUROC {score:.3f} ± {error:.3f}, where 0.5 is chance"
+    if abs(score - 0.5) <= CLEAR * error:
+        return [
+            f"The {whose}'s predictive entropy is not shown to tell {name} from {against}: {shown}."
+        ]
+    way = "higher" if score > 0.5 else "lower"
+    return [f"The {whose}'s predictive entropy is {way} on {name} than on {against}: {shown}."]
 
 
 def _with_error(row: Figures, key: str, sign: str = "") -> Cell:

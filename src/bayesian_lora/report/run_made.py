@@ -21,6 +21,19 @@ SAMPLER = {
     "starts": "Warm starts",
     "num_examples": "Training examples N",
 }
+ACCOUNT = {
+    "step_size": "Step size h",
+    "auto": "Chosen by the run itself",
+    "k_max": "Largest curvature of U/N",
+    "variance": "Variance of a batch gradient along it",
+    "discretisation": "Bias of the variance by the finite step",
+    "heat": "Bias of the variance by minibatch noise",
+    "t_eff": "Effective temperature to expect",
+    "largest_stable": "Largest stable step size",
+    "relaxation": "Steps to forget, stiffest direction",
+    "relaxation_prior": "Steps to forget, where only the prior holds",
+    "steps": "Steps planned, a chain",
+}
 COST = {
     "train_s": "Warm start, seconds",
     "sample_s": "Burn-in and sampling, seconds",
@@ -54,7 +67,7 @@ def sampler(files: RunFiles) -> Section:
 def _account(account: Any) -> Block:
     if not isinstance(account, Mapping):
         return Missing("Account of the step size", "the run recorded none")
-    rows = [[cell(n.replace("_", " ")), _given(account, n)] for n in account]
+    rows = [[cell(ACCOUNT.get(n, n.replace("_", " "))), _given(account, n)] for n in account]
     return Table("Account of the step size, taken before sampling", ["What", "Value"], rows)
 
 

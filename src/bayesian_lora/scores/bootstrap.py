@@ -7,7 +7,11 @@ and a `Statistic` gives its figures for B replicates at once, NaN where one is u
 see the same replicates, so their differences are paired. The plain way is `bootstrap_se`, for any
 function of an index.
 
-The error is over examples alone: the model, its draws and its training are held fixed.
+The error is over examples alone: the model, its draws, its training and a fitted temperature are
+held fixed. Errors of figures that are sums of absolute or squared gaps in bins are too large near
+the least that a calibrated model scores: by a third for ECE and by two thirds for Brier's
+reliability at 400 examples. Their resamples also lie above the figure itself (each adds its own
+noise to the gaps), so no interval is read off them: the error alone is used.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Equal-width bins are [lo, hi) over [0, 1], the last one closed, as in `metrics`.
 here depends on the order of the examples.
 
 A calibration error estimated from N examples is biased upwards: even a perfectly calibrated model
-does not score 0. `expected_ece` says what it does score.
+does not score 0. `expected_ece` says what it does score. Brier's reliability and resolution have
+that bias too, both upwards and by about as much (Bröcker 2012).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ ECE, AURC, Spearman) sort once and work on the cumulated counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,15 @@ def regression_statistic(
     return statistic
 
 
+def accuracy_statistic(score: ArrayLike, wrong: ArrayLike, coverages: Sequence[float]) -> Statistic:
+    """`selective.accuracy_at` of the same arguments, of every resample."""
+    names = selective.accuracy_at(score, wrong, coverages)  # for its checks too
+    curve = _Aurc(np.asarray(score, dtype=np.float64), np.asarray(wrong, dtype=np.float64))
+    return lambda counts: {
+        name: 1 - risk for name, risk in zip(names, curve.risks(counts, coverages), strict=True)
+    }
+
+
 def _means(columns: Columns, counts: Array) -> Columns:
     values = np.stack(list(columns.values())) @ counts / counts.sum(axis=0)
     return dict(zip(columns, values, strict=True))
@@ -226,6 +236,20 @@ class _Aurc(_Ordered):
         rise = np.diff(level, axis=0, prepend=0.0)
         excess = errors - wrong - rate * (kept - drawn)
         return (wrong + excess * rise).sum(axis=0) / n
+
+    def risks(self, counts: Array, coverages: Sequence[float]) -> list[Array]:
+        """Risk (B,) among the fewest examples that are at least each share, surest first."""
+        ordered = counts[self.order]
+        drawn, wrong = self.grouped(ordered), self.grouped(ordered * self.wrong)
+        kept, errors = drawn.cumsum(axis=0), wrong.cumsum(axis=0)
+        found: list[Array] = []
+        for share in coverages:
+            wanted = np.ceil(np.round(share * kept[-1], 9))
+            # The group in which that number is reached counts with its mean.
+            last = (kept < wanted).sum(axis=0)[None]
+            n, e, t, w = (np.take_along_axis(x, last, 0)[0] for x in (kept, errors, drawn, wrong))
+            found.append((e - w / t * (n - wanted)) / wanted)
+        return found
 
 
 class _Ranks(_Ordered):

@@ -87,7 +87,7 @@ def safe_threshold_for(
     share of wrong answers among inputs with score ≤ t is at most `target_risk`. It is about the
     average over the inputs kept, not each of them, and it holds if
     - the examples are independent draws of the population that is met later (no shift), and
-      neither model nor score was fitted to them;
+      neither model nor score was fitted to them or chosen by them;
     - the chance of a wrong answer does not fall as the score rises. A score that ranks worse than
       that makes it approximate.
 

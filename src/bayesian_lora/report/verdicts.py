@@ -1,0 +1,139 @@
+"""Is a run's posterior worth it: its ensemble beside its baselines, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bayesian_lora.report.page import number
+from bayesian_lora.report.record import listed, signed
+from bayesian_lora.report.run_files import AGAIN, RunFiles, difference_error, figure
+
+Figures = Mapping[str, Any]
+
+ROWS = {
+    "map": "MAP, mean of the warm starts",
+    "map_last": "MAP of the last epoch",
+    "map_early_stopped": "MAP, early-stopped",
+    "map_temperature_scaled": "MAP, temperature-scaled",
+    "map_last_temperature_scaled": "MAP of the last epoch, temperature-scaled",
+    "map_early_stopped_temperature_scaled": "MAP, early-stopped, temperature-scaled",
+    "map_ensemble": "deep ensemble of the warm starts",
+    "single": "single draw, mean of all",
+    "ensemble": "posterior ensemble",
+}
+ALIKE = {
+    "map": {"map_last": "last epoch", "map_early_stopped": "early-stopped"},
+    "map_temperature_scaled": {
+        **{"map_last_temperature_scaled": "last epoch"},
+        **{"map_early_stopped_temperature_scaled": "early-stopped"},
+    },
+}
+"""Rows of which one is always the very same as the row before it: whichever fits the starts are."""
+BASELINES = tuple(name for name in ROWS if name not in ("single", "ensemble"))
+NAMES = {
+    **{"accuracy": "Accuracy", "f1": "F1", "mcc": "MCC", "pearson": "Pearson"},
+    **{"spearman": "Spearman", "rmse": "RMSE", "nll": "NLL", "crps": "CRPS", "ece": "ECE"},
+    **{"expected_ece": "ECE if calibrated", "brier": "Brier"},
+}
+MORE_IS_BETTER = ("accuracy", "f1", "mcc", "pearson", "spearman")
+COMPARED = ("nll", "ece", "accuracy", "f1", "mcc", "brier", "crps", "pearson", "spearman")
+CLEAR = 2.0
+"""Standard errors from which a difference is called one."""
+
+
+def titles_of(m: Figures) -> dict[str, str]:
+    """Title of each row there is; rows that are one and the same stand once."""
+    found = {row: title for row, title in ROWS.items() if isinstance(m.get(row), Mapping)}
+    for row, others in ALIKE.items():
+        same = {o: words for o, words in others.items() if row in found and m.get(o) == m[row]}
+        if same:
+            found[row] += f" ({' and '.join(same.values())})"
+        found = {name: title for name, title in found.items() if name not in same}
+    if isinstance(m.get("ensemble"), Mapping):
+        found["ensemble"] = f"posterior ensemble of {m['ensemble'].get('k', '?')}"
+    return found
+
+
+def verdict(files: RunFiles) -> list[str]:
+    """Posterior against the strongest simple baseline by NLL; then what the chains say."""
+    m = files.metrics
+    if not files.sampled:
+        return ["Nothing was sampled: the members are MAP fits, a deep ensemble of warm starts."]
+    best, own = strongest(m), figure(m.get("ensemble"), "nll")
+    theirs = None if best is None else figure(m[best], "nll")
+    if own is None or best is None or theirs is None:
+        return [f"Whether the posterior is worth it cannot be said: no NLL to compare; {AGAIN}."]
+    gap, error = own - theirs, difference_error(files, best, "nll")
+    shown, share = signed(gap, 4), signed(100 * gap / theirs, 1) if theirs > 0 else "0.0"
+    shown += "" if share == "0.0" else f" ({share} %)"
+    against = f"the strongest simple baseline, {titles_of(m)[best]} (NLL {theirs:.4f})"
+    words = f"The posterior ensemble's NLL is {own:.4f}, {shown} against {against}"
+    if error is None:
+        return [f"{words}; its standard error was not computed, so {AGAIN}.", _chains(m)]
+    words += f", with a standard error of {number(error)}"
+    if abs(gap) <= CLEAR * error:
+        answer = "Not shown to be worth it"
+        words += f": a difference within {CLEAR:g} standard errors may be chance"
+    else:
+        answer = "Worth it by NLL" if gap < 0 else "Not worth it by NLL"
+    return [f"{answer}. {words}.{_otherwise(files, best)}", _chains(m)]
+
+
+def strongest(m: Figures) -> str | None:
+    """The baseline of the lowest NLL."""
+    known = {b: x for b in BASELINES if (x := figure(m.get(b), "nll")) is not None}
+    return min(known, key=lambda name: known[name]) if known else None
+
+
+def _otherwise(files: RunFiles, baseline: str) -> str:
+    """What differs clearly from the same baseline besides the NLL, which need not agree with it."""
+    ways = {n: way_of(files, baseline, n) for n in COMPARED if n != "nll"}
+    found = [
+        f"{word} by {listed(NAMES[n] for n in ways if ways[n] == way)}"
+        for way, word in ((1, "better"), (-1, "worse"))
+        if way in ways.values()
+    ]
+    return f" Beside that it is clearly {listed(found)}." if found else ""
+
+
+def way_of(files: RunFiles, baseline: str, name: str) -> int:
+    """1 where the ensemble is better than a baseline by more than `CLEAR` errors, −1 worse."""
+    old, new = (figure(files.metrics.get(row), name) for row in (baseline, "ensemble"))
+    error = difference_error(files, baseline, name)
+    if old is None or new is None or error is None or abs(new - old) <= CLEAR * error:
+        return 0
+    return 1 if (new > old) == (name in MORE_IS_BETTER) else -1
+
+
+def _chains(m: Figures) -> str:
+    found = m.get("diagnostics") or {}
+    reason = found.get("reason")
+    said = f"Chains: {found.get('verdict', 'not available')}"
+    return f"{said} – {reason}." if reason else f"{said}."
+
+
+def asides(files: RunFiles) -> list[str]:
+    """Whether it has finished, the truth where it is known, what uncertainty consists of, cold."""
+    m, said = files.metrics, []
+    if (status := files.run.get("status")) != "finished":
+        said.append(f"The run has not finished: its status is {status or 'unknown'}.")
+    if truth := m.get("truth"):
+        error = truth.get("excess_se")
+        sure = "" if error is None else f" ± {number(error)}"
+        said.append(
+            f"The law of the labels is known: the best possible NLL on them is "
+            f"{truth['bayes_nll']:.4f}, the mean KL from it to the ensemble {truth['excess']:.4f}"
+            f"{sure} nats."
+        )
+    found = m.get("uncertainty") or {}
+    if found.get("predictive_entropy") is not None:
+        mutual = found.get("mutual_information")
+        what = "not available" if mutual is None else f"{mutual:.4f}"
+        said.append(
+            f"Predictive entropy {found['predictive_entropy']:.4f} nats on average, of which the "
+            f"members' disagreement (mutual information) {what}."
+        )
+    if files.sampled and (k := figure(m.get("ensemble"), "k") or 1) > 1:
+        said.append(f"An answer takes {k:g} forward passes, one a member; that of a MAP takes one.")
+    if m.get("tempering") == "cold":
+        said.append(f"A cold posterior: its temperature is {m.get('temperature')}, below 1.")
+    return said
