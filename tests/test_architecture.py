@@ -56,6 +56,7 @@ ROWS: dict[float, tuple[str, ...]] = {
         "models.chain_dropout",
         "models.frozen_linear",
         "models.group_attention",
+        "models.prefix",
         "models.flat_attention",
         "models.lora_update",
         "models.chain_lora",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bayesian_lora.models.chain_dropout import ChainDropout
 from bayesian_lora.models.flat import CURRENT, flat_of, in_precision
-from bayesian_lora.models.flat_attention import family_of, flat_forward, prepare
+from bayesian_lora.models.flat_attention import family_of, flat_forward, prefix_of, prepare
 from bayesian_lora.models.frozen_linear import frozen_linear
 from bayesian_lora.models.lora_update import add_lora
 from bayesian_lora.models.turn import Turn
@@ -134,14 +134,14 @@ class ChainModel(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.autocast: torch.dtype | None = None
-        """Of padded passes."""
+        self.autocast: torch.dtype | None = None  # of padded passes
         self._takes_types = "token_type_ids" in inspect.signature(base.forward).parameters
         self.family = family_of(base)
-        self.flat = self.family is not None
-        """Whether batches run without padding; only where the architecture is known."""
+        self.flat = self.family is not None  # batches run without padding
         if self.family is not None:
             prepare(base, self.family)
+        self.prefix = prefix_of(base, self.family, ChainLora)
+        """Of the frozen layers below the first adapter, if there are any."""
         self._alone = False
         self.turn = Turn()
         """Held by a thread while it runs the model or has one member on alone."""
@@ -267,7 +267,7 @@ class ChainModel(nn.Module):
         else:
             # A caller's autocast would undo the precisions chosen here, as in padded passes.
             with torch.autocast(self.device.type, enabled=False):
-                logits = flat_forward(self.base, inputs, flat)
+                logits = flat_forward(self.base, inputs, flat, self.prefix)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         return logits.unflatten(0, (chains, -1))

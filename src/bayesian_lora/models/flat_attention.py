@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bayesian_lora.models.flat import CURRENT, Flat
 from bayesian_lora.models.frozen_linear import FrozenLinear, freeze
 from bayesian_lora.models.group_attention import Call, group_attention
+from bayesian_lora.models.prefix import Prefix
 
 NAME = "bayesian_lora_flat"
 
@@ -96,12 +98,41 @@ def prepare(network: nn.Module, family: Family) -> None:
     last.get_submodule(family.value).register_forward_hook(_put_value_by)
 
 
-def flat_forward(network: nn.Module, inputs: dict[str, Tensor], flat: Flat) -> Tensor:
-    """Padded inputs (S, L) → logits (S, C)."""
+def flat_forward(
+    network: nn.Module, inputs: dict[str, Tensor], flat: Flat, prefix: Prefix | None = None
+) -> Tensor:
+    """Padded inputs (S, L) → logits (S, C); `prefix`: of the layers below the first adapter."""
     tokens = {name: flat.unpad(x) for name, x in inputs.items() if name != "attention_mask"}
     tokens["position_ids"] = _positions(network, inputs, flat)
-    with _attention(network), _batch(flat):
-        return network(**tokens).logits
+    with _attention(network):
+        if prefix is None:
+            with _batch(flat):
+                return network(**tokens).logits
+        lengths = flat.lengths.ravel().tolist()
+        split = {name: x.split(lengths, dim=1) for name, x in tokens.items()}
+        each = [{name: x[s] for name, x in split.items()} for s in range(len(lengths))]
+        hidden = prefix.hidden(each, lambda length: _batch(_one(length, flat.device)))
+        with _batch(flat), prefix.skipped(hidden):
+            return network(**tokens).logits
+
+
+def _one(length: int, device: torch.device) -> Flat:
+    return Flat(np.array([[length]]), device)
+
+
+def prefix_of(network: Any, family: Family | None, adapter: type[nn.Module]) -> Prefix | None:
+    """The layers below the first that has an adapter; None if that is the first of all."""
+    if family is None:
+        return None
+    has = [
+        any(isinstance(m, adapter) for m in x.modules()) for x in encoder_layers(network, family)
+    ]
+    below = has.index(True) if any(has) else 0
+    if below == 0:
+        return None
+    encoder = network.get_submodule(network.base_model_prefix)
+    parent, _, name = family.layers.rpartition(".")
+    return Prefix(encoder, encoder.get_submodule(parent), name, below)
 
 
 def _positions(network: Any, inputs: dict[str, Tensor], flat: Flat) -> Tensor:
