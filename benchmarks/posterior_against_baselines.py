@@ -60,7 +60,8 @@ QUICK = (
 def step_seconds(config: Config) -> float:
     """Seconds of one gradient step of all chains at once; the first ones warm up."""
     setup = prepare(config, QUIET)
-    order = BatchOrder(len(setup.train), config.data.batch_size, setup.streams.probe)
+    chains = setup.streams.probe[: setup.model.num_chains]  # one while a shared fit is made
+    order = BatchOrder(len(setup.train), config.data.batch_size, chains)
     spent = []
     for _ in range(MEASURED + 1):
         closure = setup.objective.closure(order.iid())

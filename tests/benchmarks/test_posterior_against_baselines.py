@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bayesian_lora.config import SAMPLERS
+from bayesian_lora.config import SAMPLERS, load_config
 from bayesian_lora.errors import InputError
 from bayesian_lora.utils.files import write_json
 
@@ -61,6 +61,15 @@ def test_a_cell_is_about_1000_chain_steps(plan: Any, tmp_path: Path, task: str, 
     assert cell.config.data.batch_size == 32
     work = plan.work_of(cell, plan.Sizes(3000, 400))
     assert 950 <= work.chain_steps <= 1050
+
+
+@pytest.mark.parametrize("starts", ["independent", "shared"])
+def test_a_step_is_timed_whatever_the_starts(
+    front: Any, plan: Any, tiny_models: dict[str, Path], starts: str
+) -> None:
+    keys = (f"model.name={tiny_models['bert']}", f"train.starts={starts}")
+    config = load_config(plan.CONFIGS / "demo.yaml", [*keys, "data.max_length=32"])
+    assert 0 < front.step_seconds(config) < 60
 
 
 def test_the_work_counts_fits_search_and_control_variates_once(plan: Any, tmp_path: Path) -> None:
