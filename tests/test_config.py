@@ -123,6 +123,11 @@ def test_overrides_without_key_or_value_are_refused(override: str) -> None:
     assert f"override {override!r}: write key=value" in refused({}, override)
 
 
+def test_a_backslash_cannot_hide_where_the_value_begins() -> None:
+    """The parser in C would end the process over the real value, which is nested too deeply."""
+    assert "a key has no backslash" in refused({}, "seed\\==" + "[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

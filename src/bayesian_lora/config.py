@@ -161,6 +161,8 @@ def _override(merged: Any, item: str) -> Any:
     key, equals, value = item.partition("=")
     if not equals or not key.strip():
         raise InputError(f"override {item!r}: write key=value, such as sampler.chains=2")
+    if "\\" in key:  # OmegaConf takes \= for part of the key, and reads another value
+        raise InputError(f"override {item[:80]!r}: a key has no backslash; write key=value")
     if key.count(".") + key.count("[") > DEEPEST:
         raise InputError(f"override {item!r}: the key has more than {DEEPEST} parts")
     try:
