@@ -14,7 +14,7 @@ import torch
 from bayesian_lora.config import build_config, dump_run_config
 from bayesian_lora.ensemble import Ensemble, map_ensemble, other_starts, why_no_other_starts
 from bayesian_lora.errors import InputError
-from bayesian_lora.experiment import compare, resume
+from bayesian_lora.experiment import compare, comparison_table, resume
 from bayesian_lora.experiment.cells import make_plan
 from bayesian_lora.manifest import MANIFEST, Alternatives, Provenance, write_manifest
 from bayesian_lora.member_files import MemberRecord, MemberWriter
@@ -157,16 +157,16 @@ def comparison_file(root: Path) -> tuple[Path, Reader]:
     def read() -> None:
         try:
             compare.failed_cells(folder)
-            content = (folder / compare.RECORD).read_bytes()
+            content = (folder / comparison_table.RECORD).read_bytes()
             again = compare.Comparison(plans[0], quiet)
             again.open()
             again.closing_lines()
-            (folder / compare.RECORD).write_bytes(content)
+            (folder / comparison_table.RECORD).write_bytes(content)
             compare.Comparison(plans[1], quiet).open()
         finally:
             assert beside.is_file(), "a comparison's record reached outside of its folder"
 
-    return folder / compare.RECORD, read
+    return folder / comparison_table.RECORD, read
 
 
 def adapter_file(root: Path) -> tuple[Path, Reader]:

@@ -13,6 +13,7 @@ from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.errors import InputError
 from bayesian_lora.metrics import ensemble_probs, uncertainty_per_example
 from bayesian_lora.models.chain_lora import ChainModel
+from bayesian_lora.scores.regression_scores import mixture_quantiles
 
 # Tokens of a member from which its own merged weights cost less than its updates beside others':
 # merging reads and writes the target layers once, and a GPU must be filled by one member alone.
@@ -100,25 +101,14 @@ class Predictions:
     def interval(self, level: float = 0.95) -> tuple[np.ndarray, np.ndarray] | None:
         """(lower, upper), each (N,): the quantiles (1 ∓ level)/2 of a regression's mixture.
 
-        Found by bisection of its distribution function, in the label's unit. None of members that
+        In the label's unit. None of members that
         carry no noise_std.
         """
-        from scipy.special import ndtr
-
         if self.noise_std is None:
             return None
-        used = self.weights > 0
-        w, s = self.weights[used, None], self.noise_std[used, None]
-        m = self.logits[used, :, 0].astype(np.float64)
-        ends = []
-        for share in ((1 - level) / 2, (1 + level) / 2):
-            low, high = (m - 40 * s).min(0), (m + 40 * s).max(0)
-            for _ in range(80):
-                middle = (low + high) / 2
-                below = (w * ndtr((middle - m) / s)).sum(0) < share
-                low, high = np.where(below, middle, low), np.where(below, high, middle)
-            ends.append((low + high) / 2)
-        return ends[0], ends[1]
+        shares = ((1 - level) / 2, (1 + level) / 2)
+        low, high = mixture_quantiles(self.logits[..., 0], self.noise_std, self.weights, shares)
+        return low, high
 
     def _need_classes(self, what: str) -> None:
         if self.noise_std is not None or self.logits.shape[2] == 1:

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from bayesian_lora.errors import InputError
-from bayesian_lora.scores.detection import Pooled, aupr, auroc, auroc_by_label
+from bayesian_lora.scores.detection import Pooled, aupr, auroc
 
 
 def scores(n: int, m: int, steps: int | None, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,6 @@ def test_areas_are_those_of_scikit_learn(n: int, m: int, steps: int | None):
     assert aupr(inside, outside)[0] == pytest.approx(
         average_precision_score(positive, both), abs=1e-12
     )
-    assert auroc_by_label(both, positive) == (pytest.approx(value, abs=1e-15), None)
 
 
 def test_order_of_ties_does_not_matter_and_equal_scores_are_chance():
@@ -53,10 +52,6 @@ def test_one_class_only_has_a_reason_and_no_figure():
     assert auroc([], [1.0])[0] is None
     assert "no inside inputs" in str(auroc([], [1.0])[1])
     assert "no outside inputs" in str(aupr([1.0], [])[1])
-    value, reason = auroc_by_label([0.1, 0.2], [1, 1])
-    assert value is None
-    assert "every example is of class 1" in str(reason)
-    assert auroc_by_label([], [])[0] is None
 
 
 @pytest.mark.parametrize("steps", [None, 1])
@@ -81,7 +76,3 @@ def test_bad_input_is_one_clear_line():
         aupr([0.0], [1.0, np.inf])
     with pytest.raises(InputError, match=r"inside scores have shape \(1, 1\)"):
         auroc([[1.0]], [1.0])
-    with pytest.raises(InputError, match="give a 0 or 1 for each score"):
-        auroc_by_label([1.0, 2.0], [1])
-    with pytest.raises(InputError, match="give a 0 or 1 for each score"):
-        auroc_by_label([1.0, 2.0], [1, 2])

@@ -32,7 +32,7 @@ from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.utils.files import read_json, write_atomic, write_json
 from bayesian_lora.utils.lock import locked
 
-RECORD, TABLE = "comparison.json", "comparison.csv"
+TABLE = "comparison.csv"
 Entry = dict[str, Any]
 
 
@@ -70,7 +70,7 @@ def compare(
 
 def failed_cells(root: Path) -> list[str]:
     """Names of the cells of a comparison's folder that failed."""
-    cells = _read_record(root)["cells"]
+    cells = comparison_table.read_record(root)["cells"]
     return [entry["name"] for entry in cells if entry["status"] == "failed"]
 
 
@@ -124,10 +124,10 @@ class Comparison:
                 f"output.dir={str(self.root)!r} holds a single run; name another folder with "
                 "output.dir=…"
             )
-        if not (self.root / RECORD).is_file():
+        if not (self.root / comparison_table.RECORD).is_file():
             RunFolder(self.root).check_free(overwrite=False)
         else:
-            old = _read_record(self.root)
+            old = comparison_table.read_record(self.root)
             if self.plan.overwrite:
                 self._clear(old)
             else:
@@ -154,7 +154,7 @@ class Comparison:
             folder = self.root / Path(entry["folder"]).name
             if (folder / "run.json").is_file():
                 shutil.rmtree(folder)
-        for name in (TABLE, RECORD):
+        for name in (TABLE, comparison_table.RECORD):
             (self.root / name).unlink(missing_ok=True)
 
     def _find(self, cell: Cell) -> None:
@@ -228,7 +228,7 @@ class Comparison:
             "cells": entries,
             "notes": comparison_table.notes(entries),
         }
-        write_json(self.root / RECORD, record)
+        write_json(self.root / comparison_table.RECORD, record)
         rows = comparison_table.table(list(self.plan.axes), entries)
         write_atomic(self.root / TABLE, comparison_table.to_csv(rows))
 
@@ -279,18 +279,3 @@ def _terms(axes: Axes, common: Settings) -> Settings:
     """What two comparisons must agree in, by name."""
     values = {f"axis {key}": ",".join(texts) for key, texts in axes.items()}
     return {"axes": ", ".join(axes), **values, **common}
-
-
-def _read_record(root: Path) -> Entry:
-    record = read_json(root / RECORD, "comparison")
-    kinds = {"axes": dict, "config": dict, "cells": list}
-    if not (
-        all(isinstance(record.get(name), kind) for name, kind in kinds.items())
-        and all(comparison_table.are_texts(values) for values in record["axes"].values())
-        and all(comparison_table.is_entry(entry) for entry in record["cells"])
-    ):
-        raise InputError(
-            f"{root / RECORD}: damaged, it is no comparison's record; name another folder with "
-            "output.dir=…"
-        )
-    return record

@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bayesian_lora.assessment.summary import SHOWN
+from bayesian_lora.errors import InputError
+from bayesian_lora.utils.files import read_json
 
 Figures = dict[str, Any]
+
+RECORD = "comparison.json"
 
 AFTER = (
     "step_size",
@@ -53,6 +57,26 @@ def is_entry(entry: Any) -> bool:
 def are_texts(values: Any) -> bool:
     """Whether this is a list of strings."""
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def read_record(root: Path) -> Figures:
+    """`comparison.json` of a comparison's folder.
+
+    Raises:
+        InputError: none there, or no comparison's.
+    """
+    record = read_json(root / RECORD, "comparison")
+    kinds = {"axes": dict, "config": dict, "cells": list}
+    if not (
+        all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+        and all(are_texts(values) for values in record["axes"].values())
+        and all(is_entry(entry) for entry in record["cells"])
+    ):
+        raise InputError(
+            f"{root / RECORD}: damaged, it is no comparison's record; restore it, or name "
+            "another folder"
+        )
+    return record
 
 
 def figures_of(metrics: Figures, run: Figures) -> Figures:

@@ -14,7 +14,6 @@ from bayesian_lora.report.page import Page, write
 from bayesian_lora.report.run_files import RunFiles, read_run
 from bayesian_lora.report.run_inputs import Texts
 from bayesian_lora.report.run_report import run_page
-from bayesian_lora.utils.files import read_json
 
 REPORT = "report.html"
 DOCTYPE = b"<!DOCTYPE HTML>"
@@ -49,7 +48,7 @@ def write_report(
             f"--out {path}: there already, and no HTML page, so it is not replaced; name another "
             "file"
         )
-    if (folder / "comparison.json").is_file():
+    if (folder / comparison_table.RECORD).is_file():
         page = comparison_of(folder)
     elif (folder / "run.json").is_file():
         page = page_of(folder, data_dir)
@@ -108,15 +107,8 @@ def _examples(files: RunFiles, data_dir: str | None) -> Any:
 
 def comparison_of(root: Path) -> Page:
     """The page of a comparison's folder."""
-    record = read_json(root / "comparison.json", "comparison")
-    axes, entries = record.get("axes"), record.get("cells")
-    if not (
-        isinstance(axes, dict)
-        and all(map(comparison_table.are_texts, axes.values()))
-        and isinstance(entries, list)
-        and all(map(comparison_table.is_entry, entries))
-    ):
-        raise InputError(f"{root / 'comparison.json'}: damaged, it is no comparison's; restore it")
+    record = comparison_table.read_record(root)
+    axes, entries = record["axes"], record["cells"]
     cells: dict[str, RunFiles] = {}
     missing: dict[str, str] = {}
     for entry in entries:

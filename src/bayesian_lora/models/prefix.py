@@ -38,17 +38,20 @@ class Prefix:
         self.limit, self.bytes = limit, 0
         self.kept: dict[bytes, Tensor] = {}
 
-    def hidden(self, tokens: list[dict[str, Tensor]], alone: Callable[[int], Any]) -> Tensor:
+    def hidden(
+        self, keys: list[bytes], tokens: list[dict[str, Tensor]], alone: Callable[[int], Any]
+    ) -> Tensor:
         """What enters the first adapted layer, (1, T, D).
 
         Args:
+            keys: of each sequence what tells it from all others.
             tokens: of each sequence the encoder's inputs, each (1, L).
             alone: a context in which one sequence of so many tokens runs.
         """
-        return torch.cat([self._of(one, alone) for one in tokens])[None]
+        each = zip(keys, tokens, strict=True)
+        return torch.cat([self._of(key, one, alone) for key, one in each])[None]
 
-    def _of(self, tokens: dict[str, Tensor], alone: Callable[[int], Any]) -> Tensor:
-        key = b"".join(x.cpu().numpy().tobytes() for _, x in sorted(tokens.items()))
+    def _of(self, key: bytes, tokens: dict[str, Tensor], alone: Callable[[int], Any]) -> Tensor:
         if (found := self.kept.get(key)) is not None:
             return found
         length = next(iter(tokens.values())).shape[1]

@@ -35,21 +35,6 @@ def aupr(inside: ArrayLike, outside: ArrayLike) -> Part:
     return _part("aupr", inside, outside)
 
 
-def auroc_by_label(score: ArrayLike, positive: ArrayLike) -> Part:
-    """`auroc` of `score` (N,) where `positive` (N,) says which are of the positive class.
-
-    None with the reason if there is one class only. Raises InputError on unlike shapes.
-    """
-    s, y = finite("score", score), np.asarray(positive)
-    if s.ndim != 1 or y.shape != s.shape or not np.isin(y, (0, 1)).all():
-        raise InputError(
-            f"positive {y.shape} does not fit score {s.shape}: give a 0 or 1 for each score"
-        )
-    if y.size and y.min() == y.max():
-        return None, f"every example is of class {int(y[0])}: AUROC needs both classes"
-    return auroc(s[y == 0], s[y == 1])
-
-
 class Pooled:
     """Scores (N,) and (M,) in one order, ties in groups: areas of any resamples of the inputs."""
 
