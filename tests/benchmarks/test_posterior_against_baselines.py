@@ -46,7 +46,7 @@ def test_the_plan_shares_fits_within_a_seed_and_the_prior_over_seeds(
 
 
 def test_later_seeds_take_the_prior_that_the_first_has_found(plan: Any, tmp_path: Path) -> None:
-    first, _, third = plan.make_plan(["mrpc"], ["sgld", "psgld"], tmp_path)[:3]
+    first, _, third = plan.make_plan(["sst2"], ["sgld", "psgld"], tmp_path)[:3]
     assert first.resolved().prior.std == "auto"
     assert third.resolved() is None
     write_json(first.folder / "run.json", {"prior_search": {"std": 0.2}})
@@ -73,7 +73,7 @@ def test_a_step_is_timed_whatever_the_starts(
 
 
 def test_the_work_counts_fits_search_and_control_variates_once(plan: Any, tmp_path: Path) -> None:
-    cells = plan.make_plan(["mrpc"], ["sgld", "sgld+vr"], tmp_path, seeds=2)
+    cells = plan.make_plan(["cola"], ["sgld", "sgld+vr"], tmp_path, seeds=2)
     sizes = plan.Sizes(train=320, evaluation=96)
     first, reduced, second, _ = (plan.work_of(cell, sizes) for cell in cells)
     assert (first.fit, first.search) == (8 * 10, 8 * 10), "four candidates in four chains"
