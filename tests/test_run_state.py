@@ -23,7 +23,7 @@ from bayesian_lora.models.hf_lora import build_huggingface_lora_model
 from bayesian_lora.objective import Objective, prior_groups
 from bayesian_lora.samplers import SGLD
 from bayesian_lora.samplers.schedules import BurnIn, Thinning
-from bayesian_lora.sampling import Chains, RunState, Streams, spread_start
+from bayesian_lora.sampling import Chains, RunState, Streams, spread_start, widen_start
 from bayesian_lora.traces import Traces
 from bayesian_lora.utils.lora_params import flatten
 from bayesian_lora.utils.rng import chain_generators
@@ -236,9 +236,8 @@ def test_a_run_from_one_fit_is_resumed_too(set_up: SetUp):
 
     def spread(seed: int) -> Run:
         run = set_up(True, numbers, [7])
-        spread_start(
-            run.state.model, run.state.objective, 0.05, chain_generators(seed, numbers, "s")
-        )
+        widen_start(run.state.model, run.state.objective, len(numbers))
+        spread_start(run.state.model, 0.05, chain_generators(seed, numbers, "s"))
         return run
 
     def sample(run: Run, resume: dict[str, Any] | None) -> Run:
@@ -264,7 +263,8 @@ def test_a_run_from_one_fit_is_resumed_too(set_up: SetUp):
 
 def start_from(run: Run, jitter: float, numbers: list[int]) -> None:
     generators = chain_generators(0, numbers, "start")
-    spread_start(run.state.model, run.state.objective, jitter, generators)
+    widen_start(run.state.model, run.state.objective, len(numbers))
+    spread_start(run.state.model, jitter, generators)
 
 
 def test_spread_start(set_up: SetUp):

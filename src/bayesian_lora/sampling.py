@@ -222,18 +222,18 @@ class RunState:
 
 
 @torch.no_grad()
-def spread_start(
-    model: ChainModel, objective: Objective, jitter: float, generators: Sequence[torch.Generator]
-) -> None:
-    """One fitted chain → M chains around it: θ_m = θ + jitter·z_m ("within one mode")."""
-    chains = len(generators)
-    state = {}
-    for name, parameter in model.chain_parameters().items():
-        rows = parameter[:1].expand(chains, *parameter.shape[1:]).clone()
-        for row, generator in zip(rows, generators, strict=True):
-            z = torch.empty_like(row, device=generator.device).normal_(generator=generator)
-            row.add_(z.to(row.device), alpha=jitter)
-        state[name] = rows
-    model.load_chains(state)
+def widen_start(model: ChainModel, objective: Objective, chains: int) -> None:
+    """One fitted chain → M chains, each at the fit."""
+    fitted = model.chain_parameters().items()
+    model.load_chains({n: p[:1].expand(chains, *p.shape[1:]).clone() for n, p in fitted})
     if objective.log_noise is not None:
         objective.log_noise = objective.log_noise[:1].expand(chains).clone()
+
+
+@torch.no_grad()
+def spread_start(model: ChainModel, jitter: float, generators: Sequence[torch.Generator]) -> None:
+    """M chains at one fit → M chains around it: θ_m = θ + jitter·z_m ("within one mode")."""
+    for parameter in model.chain_parameters().values():
+        for row, generator in zip(parameter, generators, strict=True):
+            z = torch.empty_like(row, device=generator.device).normal_(generator=generator)
+            row.add_(z.to(row.device), alpha=jitter)

@@ -13,16 +13,19 @@ import pytest
 import torch
 
 from bayesian_lora import Ensemble
+from bayesian_lora.account import Account
 from bayesian_lora.config import SAMPLERS, Config, build_config
 from bayesian_lora.ensemble import map_ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment import phases
 from bayesian_lora.experiment.priors import prior_lines, search_lines
-from bayesian_lora.experiment.samplers import idle_keys, make_chains, make_sampler
+from bayesian_lora.experiment.samplers import idle_keys, make_chains, make_sampler, open_account
 from bayesian_lora.experiment.setup import Prior, Setup, prepare
 from bayesian_lora.experiment.train import train
 from bayesian_lora.progress import Progress
 from bayesian_lora.samplers import CSGLD, MODULES
 from bayesian_lora.samplers.schedules import CycleThinning
+from bayesian_lora.sampling import Chains
 
 BASE: dict[str, Any] = {
     "data": {"name": "synthetic", "train_examples": 40, "batch_size": 8, "max_length": 48},
@@ -203,6 +206,33 @@ def test_variance_reduction_runs_and_is_recorded(make: Make, plain: Path) -> Non
     assert read(folder / "ensemble.json")["sampler"]["variance_reduction"] is True
     spent = read(folder / "run.json")["gradient_evaluations"]
     assert spent > 5 + 3 * 8, "one full pass, three gradients a step of SAM"
+
+
+def test_chains_of_one_fit_have_their_control_variate_there(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at their spread starts, which they leave: at the fit the posterior lies around."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def opened(setup: Setup, chains: Chains) -> Account:
+        assert chains.control is not None
+        starts = setup.model.chain_parameters().values()
+        seen.extend(
+            (a, p.detach().clone()) for a, p in zip(chains.control.anchor, starts, strict=True)
+        )
+        return open_account(setup, chains)
+
+    monkeypatch.setattr(phases, "open_account", opened)
+    keys = ("train.starts=shared", "train.jitter=0.05", "sampler.variance_reduction=true")
+    folder = make(*keys)
+    (fit,) = map_ensemble(folder)
+    assert len(seen) == len(dict(fit)) > 4
+    for stored in fit.values():
+        rows = [a for a, _ in seen if a.shape[1:] == stored.shape and torch.equal(a[0], stored)]
+        assert rows
+        assert all(torch.equal(a[1], stored) for a in rows)
+    away = torch.cat([(p - a).flatten(1) for a, p in seen], dim=1)
+    assert away.std(1).tolist() == pytest.approx([0.05, 0.05], rel=0.15)
 
 
 def test_the_prior_search_takes_the_best_candidate(make: Make) -> None:

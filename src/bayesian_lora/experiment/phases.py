@@ -15,7 +15,7 @@ from bayesian_lora.experiment.run import Run
 from bayesian_lora.experiment.samplers import idle_keys, make_chains, open_account
 from bayesian_lora.experiment.setup import Prior
 from bayesian_lora.experiment.starts import StartsOf, fitted, place_starts, taken_over
-from bayesian_lora.sampling import spread_start
+from bayesian_lora.sampling import spread_start, widen_start
 from bayesian_lora.warm_start import EpochReport, WarmStart
 
 INITIAL_SIZE = 32
@@ -23,7 +23,7 @@ INITIAL_SIZE = 32
 
 
 def warm_start(run: Run) -> None:
-    """Every chain's start, fitted or taken over, stored under ``map/``; spread if shared."""
+    """Every chain's start, fitted or taken over, stored under ``map/``."""
     tree, setup = run.resumed, run.setup
     if tree is not None and run.stage != "map":
         run.state.load_state_dict(tree["state"])
@@ -41,7 +41,7 @@ def warm_start(run: Run) -> None:
     run.keep_starts(starts)
     run.write_manifest()
     if run.config.train.starts == "shared":
-        spread_start(setup.model, setup.objective, run.config.train.jitter, setup.streams.noise)
+        widen_start(setup.model, setup.objective, run.config.sampler.chains)
     run.stage = "ready"
     run.checkpoint()
 
@@ -104,7 +104,9 @@ def _fit(run: Run) -> StartsOf:
 
 
 def sample(run: Run) -> None:
-    """Account, burn-in and collection."""
+    """Chains, spread if they share a fit, which the control variate stands at; account, burn-in and
+    collection.
+    """
     config, say = run.config, run.progress.say
     say(f"\nSampling with {config.sampler.name}...")
     _say_notes(run)
@@ -114,6 +116,8 @@ def sample(run: Run) -> None:
     if (word := tempering(config.sampler.temperature)) != "posterior":
         say(f"Temperature {config.sampler.temperature:g}: a {word} posterior")
     if tree is None:
+        if config.train.starts == "shared":
+            spread_start(run.setup.model, config.train.jitter, run.setup.streams.noise)
         run.account = open_account(run.setup, chains)
         run.folder.write_starts(run.by_chain(chains.traces.measure()))
         run.stage = "chains"
