@@ -71,6 +71,13 @@ def test_not_settled_keeps_its_reason(run_files: RunFiles) -> None:
     assert only(blocks, Text).text == "Not settled: draw more."
 
 
+def test_what_more_samples_would_bring_is_said(run_files: RunFiles) -> None:
+    enough = {"k": 5, "reason": "so", "still_to_gain": 0.0123, "still_to_gain_se": 0.002}
+    curve = {**run_files.metrics["cumulative"], "enough": enough}
+    said = only(cumulative(changed(run_files, cumulative=curve)).blocks, Text).text
+    assert "from half of them to all, nll changed by -0.0123 ± 0.0020" in said.lower()
+
+
 @pytest.mark.parametrize("part", ["calibration", "selective", "cumulative"])
 def test_an_older_run_says_what_to_do(run_files: RunFiles, part: str) -> None:
     make = {"calibration": calibration, "selective": selective, "cumulative": cumulative}[part]

@@ -76,6 +76,14 @@ def test_no_baseline_is_the_strongest_of_none(run_files: RunFiles) -> None:
     assert strongest({"ensemble": run_files.metrics["ensemble"]}) is None
 
 
+def test_a_baseline_whose_temperature_stopped_at_a_bound_is_named(run_files: RunFiles) -> None:
+    note = "1 of 4 temperatures stopped at a bound"
+    assert not any(note in words for words in asides(run_files))
+    row = {**run_files.metrics["map_temperature_scaled"], "temperature_note": note}
+    said = asides(changed(run_files, map_temperature_scaled=row))
+    assert any(words == f"MAP, temperature-scaled: {note}." for words in said)
+
+
 def test_what_an_answer_takes_is_said_of_several_members(run_files: RunFiles) -> None:
     assert any(f"takes {MEMBERS} forward passes" in words for words in asides(run_files))
     one = changed(run_files, ensemble={**run_files.metrics["ensemble"], "k": 1})

@@ -4,7 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bayesian_lora.report.charts import Panel, Series, chart
-from bayesian_lora.report.page import Block, Chart, Missing, Section, Table, Text, cell, with_error
+from bayesian_lora.report.page import (
+    Block,
+    Chart,
+    Missing,
+    Section,
+    Table,
+    Text,
+    cell,
+    number,
+    with_error,
+)
+from bayesian_lora.report.record import signed
 from bayesian_lora.report.run_files import AGAIN, RunFiles, figure
 
 Figures = Mapping[str, Any]
@@ -215,6 +226,10 @@ def cumulative(files: RunFiles) -> Section:
     enough = found.get("enough") or {}
     words = f"{enough['k']} samples are enough" if enough.get("k") else "Not settled"
     said = f"{words}: {enough['reason']}." if enough.get("reason") else f"{words}."
+    if (gain := enough.get("still_to_gain")) is not None:
+        change = f"{signed(-gain, 4)} ± {number(enough['still_to_gain_se'])}"
+        said += f" From half of them to all, NLL changed by {change}: of independent draws about "
+        said += "as much is still to be had from more."
     last = ", ".join(f"{titles[n]} {_last(found[n]):.4f}" for n in names)
     return Section(
         title,

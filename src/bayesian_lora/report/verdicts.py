@@ -112,10 +112,16 @@ def _chains(m: Figures) -> str:
 
 
 def asides(files: RunFiles) -> list[str]:
-    """Whether it has finished, the truth where it is known, what uncertainty consists of, cold."""
+    """Whether it has finished, what is no fair baseline, the truth where it is known, what
+    uncertainty consists of, cold.
+    """
     m, said = files.metrics, []
     if (status := files.run.get("status")) != "finished":
         said.append(f"The run has not finished: its status is {status or 'unknown'}.")
+    titles = titles_of(m)
+    said += [
+        f"{titles[row]}: {note}." for row in titles if (note := m[row].get("temperature_note"))
+    ]
     if truth := m.get("truth"):
         error = truth.get("excess_se")
         sure = "" if error is None else f" ± {number(error)}"
