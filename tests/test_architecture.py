@@ -209,6 +209,7 @@ ROWS: dict[float, tuple[str, ...]] = {
         "experiment.phases",
         "experiment.train",
         "experiment.evaluate",
+        "experiment.stored_figures",
         "experiment.ood",
         "experiment.predicting",
         "experiment.report",

@@ -103,6 +103,23 @@ def test_a_terminal_gets_a_bar_and_whole_lines_above_it(
     assert shown._bar is None
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lots_move_the_bar_and_write_no_lines(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "78")
+    shown = Progress(terminal=terminal)
+    shown.start("Members", 10)
+    shown.more(4)
+    shown.more(6)
+    shown.end()
+    assert ("10/10" in capsys.readouterr().out) == terminal
+    shown.start("Warm starts", 5)
+    shown.more(1)
+    shown.end()
+    assert ("1/5" in capsys.readouterr().out) == terminal, "each phase counts anew"
+
+
 def test_a_new_phase_closes_the_one_before() -> None:
     shown = Progress(terminal=True)
     shown.start("Burn-in", 2)

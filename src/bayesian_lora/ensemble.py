@@ -4,7 +4,7 @@ Shapes: K members, M chains, N examples, C classes.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +166,17 @@ class Ensemble:
         return self.predict_set(model, data, tolerance)
 
     def predict_set(
-        self, model: HuggingFaceLora, data: TokenisedSet, tolerance: float | None = None
+        self,
+        model: HuggingFaceLora,
+        data: TokenisedSet,
+        tolerance: float | None = None,
+        on_done: Callable[[int], None] = lambda _: None,
     ) -> Predictions:
         """Predictions on a tokenised set, with the members put into `model`'s chain dimension.
 
         With a `tolerance` an input gets no more members once its probabilities have settled
-        to within it (`adaptive_logits`); `.members_used` says how many it got.
+        to within it (`adaptive_logits`); `.members_used` says how many it got. `on_done` is told
+        how many of the K·N answers came; with a tolerance, of none.
 
         Raises:
             InputError: the members do not fit the model, or as `check_tolerance`.
@@ -182,7 +187,7 @@ class Ensemble:
         except ValueError as error:
             raise InputError(f"the members do not fit the model: {error}") from error
         if tolerance is None:
-            logits, used = predict_logits(model, data), None
+            logits, used = predict_logits(model, data, on_done=on_done), None
         else:
             logits, used = adaptive_logits(model, data, self.weights, self.chains, tolerance)
         return Predictions(

@@ -167,11 +167,15 @@ class RunFolder:
         """`predictions/<split>.npz`."""
         write_npz(self.root / "predictions" / f"{split}.npz", arrays)
 
-    def write_metrics(self, split: str, default_split: str, value: dict[str, Any]) -> Path:
+    def metrics_path(self, split: str, default_split: str) -> Path:
         """`metrics.json` of the default split, `metrics.<split>.json` of any other."""
-        name = "metrics.json" if split == default_split else f"metrics.{split}.json"
-        write_json(self.root / name, value)
-        return self.root / name
+        return self.root / ("metrics.json" if split == default_split else f"metrics.{split}.json")
+
+    def write_metrics(self, split: str, default_split: str, value: dict[str, Any]) -> Path:
+        """The figures of a split, at `metrics_path`."""
+        path = self.metrics_path(split, default_split)
+        write_json(path, value)
+        return path
 
 
 def read_traces(root: Path) -> dict[str, np.ndarray]:

@@ -19,11 +19,13 @@ from bayesian_lora.config import dump_run_config, load_config
 from bayesian_lora.data.synthetic import generate
 from bayesian_lora.ensemble import Ensemble, map_ensemble
 from bayesian_lora.errors import InputError
+from bayesian_lora.experiment.evaluate import evaluate_run
 from bayesian_lora.experiment.ood import evaluate_ood
 from bayesian_lora.experiment.train import train
 from bayesian_lora.metrics import ensemble_probs, uncertainty_per_example
 from bayesian_lora.progress import Progress
 from bayesian_lora.scores.ood_scores import ONE_MEMBER, SCORES
+from bayesian_lora.utils.files import write_json
 
 from .small_runs import SMALL, K, small_run
 
@@ -184,6 +186,21 @@ def test_it_can_be_told_from_another_split(
     assert figures["ood"]["against"] == "shifted"
     assert json.loads((run / "metrics.json").read_text())["ood"] == figures["ood"]
     assert load_predictions(run).num_members == K
+
+
+def test_evaluating_the_same_ensemble_again_keeps_what_was_told(
+    on_shifted: tuple[Path, dict[str, Any], list[str]], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(on_shifted[0], tmp_path / "run"))
+    path = run / "metrics.shifted.json"
+    told = json.loads(path.read_text())["ood"]
+    assert "ood" not in evaluate_run(run, split="shifted", progress=Said())
+    assert json.loads(path.read_text())["ood"] == told
+    other = json.loads(path.read_text())
+    other["ensemble"]["nll"] += 0.1
+    write_json(path, other)
+    evaluate_run(run, split="shifted", progress=Said())
+    assert "ood" not in json.loads(path.read_text()), "it was another ensemble's"
 
 
 def before(run: Path) -> dict[str, float]:

@@ -4,7 +4,6 @@ Shapes: K members, M chains, N examples.
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -37,14 +36,14 @@ from bayesian_lora.experiment.setup import (
     load_training_data,
     task_of,
 )
+from bayesian_lora.experiment.stored_figures import store_alone, store_figures
 from bayesian_lora.models.hf_lora import HuggingFaceLora
 from bayesian_lora.models.sources import load_pretrained, resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
-from bayesian_lora.run_folder import RunFolder, read_starts, read_traces
+from bayesian_lora.run_folder import read_starts, read_traces
 from bayesian_lora.traces import RAW
 from bayesian_lora.utils.files import read_json
-from bayesian_lora.utils.lock import locked
 from bayesian_lora.utils.lora_params import chain_norm
 
 Figures = dict[str, Any]
@@ -97,7 +96,7 @@ def evaluate_run(
     progress.say(f"\nFound {len(full)} {_kind(full)} in {root}")
     inputs = _inputs(config, full, split, setup, progress)
     progress.say(f"Evaluating ensemble of {len(chosen)} {_kind(full)} on {split}...")
-    given = predicted(root, task, chosen, inputs, tolerance)
+    given = predicted(root, task, chosen, inputs, tolerance, progress)
     predictions = given.members
     figures = {
         "task": task.name,
@@ -119,23 +118,6 @@ def evaluate_run(
     for line in _lines(figures, full):
         progress.say(line)
     return figures
-
-
-def store_figures(
-    root: Path, split: str, usual: str, predictions: Predictions, figures: Figures
-) -> None:
-    folder = RunFolder(root)
-    folder.write_predictions(split, {**_arrays(predictions), "split": np.array(split)})
-    folder.write_metrics(split, usual, figures)
-
-
-def store_alone(root: Path, store: Callable[[], None], progress: Progress) -> None:
-    """Never beside a process that writes the run: its own figures come later and stay."""
-    try:
-        with locked(root):
-            store()
-    except InputError as error:
-        progress.say(f"Not stored: {error}")
 
 
 def _choose(full: Ensemble, members: Members) -> Ensemble:
@@ -174,23 +156,34 @@ def _inputs(
 
 
 def predicted(
-    root: Path, task: TaskSpec, chosen: Ensemble, inputs: Inputs, tolerance: float | None
+    root: Path,
+    task: TaskSpec,
+    chosen: Ensemble,
+    inputs: Inputs,
+    tolerance: float | None,
+    progress: Progress,
 ) -> Given:
     """Predictions of the members and of all the fits that the run keeps."""
     data, held_out, model = inputs
     starts, kinds = map_ensemble(root), other_starts(root)
-    members = chosen.predict_set(model, data, tolerance)
+    progress.start("Members", len(chosen) * len(data))
+    members = chosen.predict_set(model, data, tolerance, progress.more)
     nothing_sampled = starts.records == chosen.records and tolerance is None
+    fitted = [starts, *(other for other in kinds.values() if other.records != starts.records)]
+    each = len(data) + (0 if held_out is None else len(held_out))
+    known = len(starts) * len(data) if nothing_sampled else 0
+    progress.start("Warm starts", sum(map(len, fitted)) * each - known)
 
     def fits(of: Ensemble, on: Predictions | None = None) -> Fits:
-        held = None if held_out is None else of.predict_set(model, held_out)
-        return Fits(of.predict_set(model, data) if on is None else on, held)
+        held = None if held_out is None else of.predict_set(model, held_out, None, progress.more)
+        return Fits(of.predict_set(model, data, None, progress.more) if on is None else on, held)
 
     own = fits(starts, members if nothing_sampled else None)
     others = {
         kind: own if other.records == starts.records else fits(other)
         for kind, other in kinds.items()
     }
+    progress.end()
     regression = task.likelihood == "gaussian"
     return Given(
         task.metrics, regression, members, chosen.chains, own, others, why_no_other_starts(root)
@@ -272,16 +265,6 @@ def _sample_range(full: Ensemble, chosen: Ensemble) -> list[int]:
     """First and last position of the chosen members among all."""
     first = full.records.index(chosen.records[0])
     return [first, first + len(chosen) - 1]
-
-
-def _arrays(p: Predictions) -> dict[str, np.ndarray]:
-    arrays = {
-        "logits": p.logits,
-        "labels": p.labels,
-        "weights": p.weights,
-        "example_id": p.example_id,
-    }
-    return arrays if p.noise_std is None else {**arrays, "noise_std": p.noise_std}
 
 
 def _lines(figures: Figures, full: Ensemble) -> list[str]:

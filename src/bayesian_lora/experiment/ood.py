@@ -29,8 +29,6 @@ from bayesian_lora.experiment.evaluate import (
     evaluate_run,
     figures_of,
     predicted,
-    store_alone,
-    store_figures,
 )
 from bayesian_lora.experiment.resume import load_own_config
 from bayesian_lora.experiment.setup import (
@@ -39,9 +37,11 @@ from bayesian_lora.experiment.setup import (
     load_training_data,
     task_of,
 )
+from bayesian_lora.experiment.stored_figures import store_alone, store_figures
 from bayesian_lora.models.sources import load_pretrained, resolve_model
 from bayesian_lora.predict import Predictions
 from bayesian_lora.progress import Progress
+from bayesian_lora.run_folder import RunFolder
 from bayesian_lora.scores.ood_scores import ood_figures, scores_of
 from bayesian_lora.utils.files import read_json
 from bayesian_lora.utils.hub import offline_if_unreachable
@@ -111,7 +111,7 @@ def evaluate_ood(
     )
     inside = _stored(root, sets.against, sets.inside)
     outside = _stored(root, sets.outside.name, sets.outside.examples) if own else None
-    figures, outside = _figures(root, sets, inside, outside)
+    figures, outside = _figures(root, sets, inside, outside, progress)
     figures["ood"] = {"set": name, **figures["ood"]}
     if not own:
         figures["cost"] = {"eval_s": round(time.monotonic() - began, 2)}
@@ -183,7 +183,11 @@ def _stored(root: Path, split: str, examples: Examples) -> Predictions:
 
 
 def _figures(
-    root: Path, sets: _Sets, inside: Predictions, outside: Predictions | None
+    root: Path,
+    sets: _Sets,
+    inside: Predictions,
+    outside: Predictions | None,
+    progress: Progress,
 ) -> tuple[Figures, Predictions]:
     """What is stored but for the cost, and the ensemble's predictions outside."""
     full, starts = Ensemble.load(root), map_ensemble(root)
@@ -203,7 +207,7 @@ def _figures(
     elif sets.outside.labelled:
         held = load_training_data(sets.config, task, sets.folder)[1]
         held_out = None if held is None else tokenised(held)
-        given = predicted(root, task, full, (foreign, held_out, model), None)
+        given = predicted(root, task, full, (foreign, held_out, model), None, progress)
         outside, start_out = given.members, given.starts.on
         figures = figures_of(given) | evaluation.against_truth(outside)
     else:
@@ -224,9 +228,8 @@ def _figures(
 
 
 def _read_figures(root: Path, sets: _Sets) -> Figures:
-    split = sets.outside.name
-    usual = split == sets.task.default_split
-    return read_json(root / ("metrics.json" if usual else f"metrics.{split}.json"), "metrics")
+    path = RunFolder(root).metrics_path(sets.outside.name, sets.task.default_split)
+    return read_json(path, "metrics")
 
 
 Pair = tuple[Predictions, Predictions]
