@@ -203,7 +203,7 @@ def make_toy(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         import reliability
 
-        reliability._smallest_model(folder)
+        reliability.smallest_model(folder)
 
 
 def evaluate_again(cells: Sequence[Cell]) -> None:

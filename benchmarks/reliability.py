@@ -86,7 +86,7 @@ def long(steps: int) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder) / "run"
-            model = _smallest_model(Path(folder) / "model")
+            model = smallest_model(Path(folder) / "model")
             keys: dict[str, Any] = {
                 "data": {"train_examples": 16, "batch_size": 2, "max_length": 8},
                 "model": {"name": str(model), "lora": {"rank": 1}},
@@ -115,7 +115,7 @@ def _megabytes() -> float:
     return pages * os.sysconf("SC_PAGESIZE") / 1e6
 
 
-def _smallest_model(folder: Path) -> Path:
+def smallest_model(folder: Path) -> Path:
     """One layer of width 8 with random weights, and the packaged encoder's tokeniser."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(resolve_model("minilm").path)
     config = transformers.BertConfig(

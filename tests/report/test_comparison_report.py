@@ -101,7 +101,7 @@ def test_the_table_stands_in_two_parts_that_fit_on_paper(compared: Compared) -> 
     table = [{"sampler": "sgld", "nll": 0.5, "verdict": "mixed", "seconds": 3.0}]
     blocks = comparison_page(dataclasses.replace(compared, table=table), "runs").sections[1].blocks
     parts = [list(block.columns) for block in blocks if isinstance(block, Table)]
-    assert parts == [["sampler", "nll"], ["sampler", "verdict", "seconds"]]
+    assert parts == [["sampler", "NLL"], ["sampler", "verdict", "seconds"]]
 
 
 def test_a_comparison_without_finished_cells_is_a_page_too() -> None:

@@ -29,6 +29,13 @@ HOW = (
     *("seconds", "status"),
 )
 """Columns of the table that are no figures of an evaluation."""
+HEADS = {
+    **NAMES,
+    **{"map_nll": "NLL of MAP", "map_ensemble_nll": "NLL of deep ensemble"},
+    **{"nll_se": "its standard error", "rhat_max": "largest R-hat"},
+    **{"ess_per_1000": "bulk ESS per 1,000 gradients", "t_eff": "T_eff", "step_size": "step size"},
+}
+"""Heads of the table's columns; others are their own."""
 APART = 0.16
 """Of the distance between cells."""
 KINDS = {
@@ -109,7 +116,7 @@ def _table(found: Compared) -> Section:
         blocks = [
             Table(
                 title,
-                [c.replace("_", " ") for c in names],
+                [HEADS.get(c, c) for c in names],
                 [[cell(row[c], reason=why) for c in names] for row in found.table],
             )
             for title, names in parts
