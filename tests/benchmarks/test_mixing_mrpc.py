@@ -67,9 +67,10 @@ def test_every_configuration_is_valid_and_says_what_it_is(script: Any, tmp_path:
     for name in script.CONFIGURATIONS:
         config = script.config_of(options(configuration=name), tmp_path / name)
         assert config.sampler.variance_reduction
-        assert config.sampler.step_size == "auto"
-        assert config.train.starts == "independent"
+        own = config.train.starts == "independent"
+        assert own == (config.sampler.step_size == "auto") == (name != "narrow")
         lines = script.result_lines(metrics, config)
+        assert ("from fits of their own" if own else "from one fit, spread by 0.1") in lines[0]
         assert f"σ = {config.prior.std:g}" in lines[0]
         assert "| T_eff | 1.2 |" in lines
         assert "| gradients of a chain after burn-in | 7,000 |" in lines
