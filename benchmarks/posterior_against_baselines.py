@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from baselines_modes import mode_lines
 from baselines_plan import (
     TASKS,
     Cell,
@@ -124,30 +125,37 @@ def make_runs(cells: Sequence[Cell], progress: Progress) -> list[str]:
     return failed
 
 
-def collect(cells: Sequence[Cell]) -> tuple[Mapping[str, Runs], list[str]]:
-    """By task and sampler the metrics of the seeds that all samplers have finished; the others."""
+def collect(
+    cells: Sequence[Cell],
+) -> tuple[Mapping[str, Runs], Mapping[str, Mapping[str, Sequence[Path]]], list[str]]:
+    """By task and sampler the metrics and the folders of the seeds that all samplers have finished;
+    the others.
+    """
     found: dict[str, dict[str, list[Figures]]] = {}
+    folders: dict[str, dict[str, list[Path]]] = {}
     absent = []
     samplers = list(dict.fromkeys(cell.sampler for cell in cells))
-    seeds: dict[tuple[str, int], dict[str, Figures]] = {}
+    seeds: dict[tuple[str, int], dict[str, tuple[Figures, Path]]] = {}
     for cell in cells:
         config = cell.resolved()
         metrics = None if config is None else finished(cell.folder, config)
         if metrics is None:
             absent.append(cell.name)
         else:
-            seeds.setdefault((cell.task, cell.seed), {})[cell.sampler] = metrics
+            seeds.setdefault((cell.task, cell.seed), {})[cell.sampler] = (metrics, cell.folder)
     for (task, _), by_sampler in seeds.items():
         if len(by_sampler) == len(samplers):
             runs = found.setdefault(task, {name: [] for name in samplers})
+            roots = folders.setdefault(task, {name: [] for name in samplers})
             for name in samplers:
-                runs[name].append(by_sampler[name])
-    return found, absent
+                runs[name].append(by_sampler[name][0])
+                roots[name].append(by_sampler[name][1])
+    return found, folders, absent
 
 
 def report(cells: Sequence[Cell], command: str) -> str:
     """Markdown: the command, a table and its targets for each task, what is missing."""
-    found, absent = collect(cells)
+    found, folders, absent = collect(cells)
     parts = [f"`{command}` (commit {git_commit() or 'unknown'})", NOTES]
     for task, runs in found.items():
         first = next(iter(runs.values()))
@@ -156,6 +164,7 @@ def report(cells: Sequence[Cell], command: str) -> str:
         words = f"**{task}**: {n} examples evaluated, seeds: {seeds}, prior sd of each: {priors}"
         parts += [words, "\n".join(table(runs)), "\n".join(sampler_lines(runs))]
         parts.append("\n".join(verdicts(task, runs)))
+        parts.append("\n".join(mode_lines(folders[task])))
     if absent:
         parts.append(f"Not finished, and their seeds left out: {'; '.join(absent)}")
     return "\n\n".join(parts) + "\n"
