@@ -212,7 +212,8 @@ def verdicts(task: str, runs: Runs) -> list[str]:
         _ratio("ECE at least 50 % below the last epoch's MAP", of, "ece", ECE_SHARE),
         _ratio("NLL at least 15 % below the last epoch's MAP", of, "nll", NLL_SHARE),
         _within(of),
-        _not_worse("NLL not worse than temperature-scaled MAP", of, SCALED),
+        _not_worse("NLL not worse than temperature-scaled early-stopped MAP", of, SCALED),
+        _not_worse("NLL not worse than temperature-scaled MAP of the last epoch", of, SCALED_LAST),
         _not_worse("NLL not worse than the deep ensemble", of, DEEP),
     ]
     if task in STRETCH:
@@ -234,7 +235,10 @@ def _ratio(target: str, of: Sequence[Figures], name: str, share: float) -> str:
     if ours.mean is None or not base.mean:
         return _line(target, None, ours.reason or base.reason or f"the MAP's {name} is 0")
     change = 100 * (ours.mean / base.mean - 1)
-    return _line(target, ours.mean <= share * base.mean, f"{change:+.0f} %: {ours} for {base}")
+    expected = _expected(of, ENSEMBLE) if name == "ece" else ""
+    floor = f"; if calibrated {expected}" if expected else ""
+    figures = f"{change:+.0f} %: {ours} for {base}{floor}"
+    return _line(target, ours.mean <= share * base.mean, figures)
 
 
 def _within(of: Sequence[Figures]) -> str:

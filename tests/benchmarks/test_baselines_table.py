@@ -150,7 +150,10 @@ def words_of(table: Any, task: str = "cola", **rows: Any) -> dict[str, str]:
         ("ECE at least 50 %", ensemble(ece=0.024), ensemble(ece=0.026)),
         ("NLL at least 15 %", ensemble(nll=0.339), ensemble(nll=0.341)),
         ("accuracy not lower", ensemble(accuracy=0.8), ensemble(accuracy=0.79)),
-        ("NLL not worse than temperature-scaled MAP", ensemble(0.399), ensemble(0.401)),
+        *(
+            (f"NLL not worse than temperature-scaled {fit}", ensemble(0.399), ensemble(0.401))
+            for fit in ("early-stopped MAP", "MAP of the last epoch")
+        ),
         ("NLL not worse than the deep ensemble", ensemble(0.399), ensemble(0.401)),
     ],
 )
@@ -161,6 +164,13 @@ def test_a_target_is_met_on_one_side_of_its_limit(
         found = words_of(table, ensemble=figures)
         line = next(text for words, text in found.items() if words.startswith(target))
         assert word in line
+
+
+def test_the_ece_stands_beside_that_of_a_calibrated_model(table: Any) -> None:
+    row = {**ensemble(ece=0.02), "expected_ece": 0.031}
+    lines = words_of(table, ensemble=row)
+    known = [words for words, line in lines.items() if "if calibrated 0.0310)" in line]
+    assert known == ["ECE at least 50 % below the last epoch's MAP"]
 
 
 def test_accuracy_may_be_lower_by_one_standard_error(table: Any) -> None:
