@@ -44,6 +44,17 @@ def mode_lines(folders: Mapping[str, Sequence[Path]]) -> list[str]:
             p, (_, records, _) = load_predictions(root), read_manifest(root)
             chains = np.array([record.chain for record in records])
             found.append(by_chains(p.logits, p.labels, chains))
-        each = ", ".join(f"{value:.4f}" for value in np.mean(found, axis=0))
-        lines.append(f"- {sampler}: NLL of the draws of 1 to {len(found[0])} chains: {each}")
+        means = np.mean(found, axis=0)
+        each = ", ".join(f"{value:.4f}" for value in means)
+        line = f"- {sampler}: NLL of the draws of 1 to {len(means)} chains: {each}"
+        lines.append(line if len(means) < 3 else f"{line}; of ever more, {limit(means):.4f}")
     return lines
+
+
+def limit(nll: Sequence[float] | np.ndarray) -> float:
+    """What NLL of 1, 2, … chains tends to: a of a + c/M, by least squares.
+
+    Of independent chains the mean NLL falls by c/M to leading order, c half the mean squared
+    relative spread of p(label) over chains.
+    """
+    return float(np.polyfit(1 / np.arange(1, len(nll) + 1), nll, 1)[1])

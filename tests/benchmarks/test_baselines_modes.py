@@ -30,3 +30,23 @@ def test_every_choice_of_chains_counts_alike(modes: Any) -> None:
     assert len(found) == 3
     assert found == pytest.approx(again)
     assert found[0] > found[1] > found[2], "averaging probabilities never costs, by Jensen"
+
+
+def test_the_limit_is_that_of_a_law_in_one_over_the_chains(modes: Any) -> None:
+    assert modes.limit([0.55 + 0.02 / m for m in (1, 2, 3, 4)]) == pytest.approx(0.55)
+
+
+def test_independent_chains_approach_the_limit(modes: Any) -> None:
+    """Sixteen chains land where the first four point, to a fifth of what they still gain."""
+    rng = np.random.default_rng(1)
+    mean, labels = rng.normal(size=(400, 2)), rng.integers(0, 2, 400)
+    logits = mean + 0.5 * rng.normal(size=(16, 400, 2))
+    fours = [modes.by_chains(logits[i : i + 4], labels, np.arange(4)) for i in range(0, 16, 4)]
+    four = np.mean(fours, axis=0)
+    each = np.full(16, 1 / 16)
+    log_probs = modes.ensemble_log_probs(logits, each)
+    whole = modes.classification_metrics(log_probs, labels)["nll"]
+    still = four[3] - whole
+    assert still > 0
+    predicted = modes.limit(four) + (four[0] - modes.limit(four)) / 16
+    assert predicted == pytest.approx(whole, abs=still / 5)
