@@ -87,7 +87,8 @@ class TrainConfig:
     """The warm start: Adam on U/N with warm-up, then linear decay or a learning rate that each
     chain's plateaus of the held-out loss lower (``plateau_factor``, ``plateau_patience`` epochs).
 
-    ``starts_from`` takes the warm starts of another run's folder instead of fitting new ones;
+    ``starts_from`` takes the warm starts of another run's folder instead of fitting new ones: of
+    its two kinds of fits the one that ``early_stopping`` asks for;
     ``init_seed`` draws the initial factors, and nothing else, from a seed of their own, so that
     runs of several tasks begin at the same ones.
     """

@@ -108,19 +108,24 @@ def test_a_wrong_list_of_them_is_refused_in_one_line(
     assert str(error.value).isprintable()
 
 
-def test_a_run_that_takes_over_warm_starts_takes_both(
+@pytest.mark.parametrize(("early", "kind"), [("true", "early_stopped"), ("false", "last")])
+def test_a_run_that_takes_over_warm_starts_takes_both_and_starts_from_its_own_kind(
+    made: Make, tiny_models: dict[str, Path], tmp_path: Path, early: str, kind: str
+) -> None:
+    """Whichever the other run started from."""
+    keys = [f"train.starts_from={made()}", f"train.early_stopping={early}"]
+    whole = train(config_of(tiny_models["bert"], tmp_path / "whole", *keys), QUIET)
+    for name, fits in other_starts(made()).items():
+        ours = other_starts(whole)[name]
+        assert [r.step for r in ours.records] == [r.step for r in fits.records]
+        assert same_tensors(ours, fits)
+    assert read(whole / "ensemble.json")["starts_are"] == kind
+    assert same_tensors(map_ensemble(whole), other_starts(made())[kind])
+
+
+def test_one_kind_is_taken_with_its_reason(
     made: Make, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Of whatever kind they are there, though this config names the other; a run that was killed
-    after it has them goes on with them.
-    """
-    keys = [f"train.starts_from={made()}", "train.early_stopping=false"]
-    whole = train(config_of(tiny_models["bert"], tmp_path / "whole", *keys), QUIET)
-    for kind, fits in other_starts(made()).items():
-        ours = other_starts(whole)[kind]
-        assert ours.records == fits.records
-        assert same_tensors(ours, fits)
-    assert read(whole / "ensemble.json")["starts_are"] == "early_stopped"
     none = made("train.early_stopping=false", "data.validation_share=0")
     keys = [f"train.starts_from={none}", "data.validation_share=0", "train.early_stopping=false"]
     root = train(config_of(tiny_models["bert"], tmp_path / "none", *keys), QUIET)

@@ -18,6 +18,7 @@ from bayesian_lora.experiment.starts import StartsOf, fitted, place_starts, take
 from bayesian_lora.sampling import spread_start, widen_start
 from bayesian_lora.warm_start import EpochReport, WarmStart
 
+KINDS = {"last": "of the last epoch", "early_stopped": "early-stopped"}
 INITIAL_SIZE = 32
 """Examples of the initial evaluation."""
 
@@ -37,7 +38,8 @@ def warm_start(run: Run) -> None:
     else:
         place_starts(setup, run.starts.fits)
         starts = taken_over(run.starts, run.alive)
-        run.progress.say(f"Warm starts of {run.config.train.starts_from}\n")
+        kind = f", {KINDS[starts.kind]}" if starts.kind is not None else ""
+        run.progress.say(f"Warm starts of {run.config.train.starts_from}{kind}\n")
     run.keep_starts(starts)
     run.write_manifest()
     if run.config.train.starts == "shared":

@@ -56,6 +56,8 @@ class StartsOf:
 def find_starts(config: Config) -> Given | None:
     """The warm starts a config names; None if it names none.
 
+    Of a run that keeps both kinds of fits, those that `train.early_stopping` asks for.
+
     Raises:
         InputError: no complete warm starts there, or fewer or more than this run has chains.
     """
@@ -73,10 +75,13 @@ def find_starts(config: Config) -> Given | None:
             f"set sampler.chains={len(starts)}, or fit new ones by leaving it out"
         )
     _, _, _, alternatives = read_whole_manifest(root)
-    both = other_starts(root)
-    others = {kind: fits for kind, fits in both.items() if kind in alternatives.records}
+    both, kind = other_starts(root), alternatives.starts_are
+    asked: FitKind = "early_stopped" if config.train.early_stopping else "last"
+    if kind is not None and asked in both:
+        starts, kind = both[asked], asked
+    others = {name: fits for name, fits in both.items() if name != kind}
     facts = read_json(root / "run.json", "run")
-    return Given(starts, facts, alternatives.starts_are, others, why_no_other_starts(root))
+    return Given(starts, facts, kind, others, why_no_other_starts(root))
 
 
 def check_starts(setup: Setup, given: Given) -> None:
