@@ -21,6 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from baselines_ensembles import ensemble_lines
 from baselines_modes import mode_lines
 from baselines_plan import (
     TASKS,
@@ -164,7 +165,8 @@ def report(cells: Sequence[Cell], command: str) -> str:
         words = f"**{task}**: {n} examples evaluated, seeds: {seeds}, prior sd of each: {priors}"
         parts += [words, "\n".join(table(runs)), "\n".join(sampler_lines(runs))]
         parts.append("\n".join(verdicts(task, runs)))
-        parts.append("\n".join(mode_lines(folders[task])))
+        first = next(iter(folders[task].values()))
+        parts.append("\n".join([*ensemble_lines(first), *mode_lines(folders[task])]))
     if absent:
         parts.append(f"Not finished, and their seeds left out: {'; '.join(absent)}")
     return "\n\n".join(parts) + "\n"
