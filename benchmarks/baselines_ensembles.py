@@ -8,6 +8,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from baselines_table import Figure
@@ -30,7 +31,7 @@ from bayesian_lora.predict import Predictions
 
 SHOWN = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE"}
 TITLES = {"last": "the last epoch's fits", "early_stopped": "the early-stopped fits"}
-Rows = dict[str, dict[str, float]]
+Rows = dict[str, dict[str, Any]]
 
 
 def pooled(p: Predictions) -> Predictions:
