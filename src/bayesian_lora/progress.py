@@ -18,7 +18,7 @@ class Progress:
         self.terminal = sys.stdout.isatty() if terminal is None else terminal
         self._bar: Any = None
         self._task: Any = None
-        self._name, self._total, self._done, self._began = "", 0, 0, 0.0
+        self._name, self._total, self._began = "", 0, 0.0
 
     def say(self, line: str = "") -> None:
         """One line, above the bar if there is one."""
@@ -32,7 +32,7 @@ class Progress:
     def start(self, name: str, total: int) -> None:
         """Begin a phase of `total` steps."""
         self.end()
-        self._name, self._total, self._done, self._began = name, total, 0, time.monotonic()
+        self._name, self._total, self._began = name, total, time.monotonic()
         if self.terminal and not self.quiet:
             self._bar = _bar()
             self._task = self._bar.add_task(name, total=total, facts="")
@@ -50,9 +50,8 @@ class Progress:
 
     def more(self, steps: int) -> None:
         """So many more steps are made, of a phase of lots that goes without lines."""
-        self._done += steps
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
+            self._bar.advance(self._task, steps)
 
     def _line_due(self, done: int) -> bool:
         return done == self._total or done % max(1, -(-self._total // LINES_PER_PHASE)) == 0

@@ -76,6 +76,9 @@ def test_what_more_samples_would_bring_is_said(run_files: RunFiles) -> None:
     curve = {**run_files.metrics["cumulative"], "enough": enough}
     said = only(cumulative(changed(run_files, cumulative=curve)).blocks, Text).text
     assert "from half of them to all, nll changed by -0.0123 ± 0.0020" in said.lower()
+    curve["enough"] = {**enough, "still_to_gain": -0.0123}
+    worse = only(cumulative(changed(run_files, cumulative=curve)).blocks, Text).text
+    assert worse == "5 samples are enough: so.", "later draws that are worse promise nothing"
 
 
 @pytest.mark.parametrize("part", ["calibration", "selective", "cumulative"])

@@ -166,24 +166,27 @@ def predicted(
     """Predictions of the members and of all the fits that the run keeps."""
     data, held_out, model = inputs
     starts, kinds = map_ensemble(root), other_starts(root)
-    progress.start("Members", len(chosen) * len(data))
-    members = chosen.predict_set(model, data, tolerance, progress.more)
     nothing_sampled = starts.records == chosen.records and tolerance is None
-    fitted = [starts, *(other for other in kinds.values() if other.records != starts.records)]
-    each = len(data) + (0 if held_out is None else len(held_out))
-    known = len(starts) * len(data) if nothing_sampled else 0
-    progress.start("Warm starts", sum(map(len, fitted)) * each - known)
+
+    def shown(
+        name: str, of: Ensemble, on: TokenisedSet, settled: float | None = None
+    ) -> Predictions:
+        progress.start(name, len(of) * len(on))
+        return of.predict_set(model, on, settled, progress.more)
 
     def fits(of: Ensemble, on: Predictions | None = None) -> Fits:
-        held = None if held_out is None else of.predict_set(model, held_out, None, progress.more)
-        return Fits(of.predict_set(model, data, None, progress.more) if on is None else on, held)
+        held = None if held_out is None else shown("Warm starts, held out", of, held_out)
+        return Fits(shown("Warm starts", of, data) if on is None else on, held)
 
-    own = fits(starts, members if nothing_sampled else None)
-    others = {
-        kind: own if other.records == starts.records else fits(other)
-        for kind, other in kinds.items()
-    }
-    progress.end()
+    try:
+        members = shown("Members", chosen, data, tolerance)
+        own = fits(starts, members if nothing_sampled else None)
+        others = {
+            kind: own if other.records == starts.records else fits(other)
+            for kind, other in kinds.items()
+        }
+    finally:
+        progress.end()  # else an interrupted bar keeps the terminal
     regression = task.likelihood == "gaussian"
     return Given(
         task.metrics, regression, members, chosen.chains, own, others, why_no_other_starts(root)

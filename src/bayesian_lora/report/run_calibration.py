@@ -226,7 +226,7 @@ def cumulative(files: RunFiles) -> Section:
     enough = found.get("enough") or {}
     words = f"{enough['k']} samples are enough" if enough.get("k") else "Not settled"
     said = f"{words}: {enough['reason']}." if enough.get("reason") else f"{words}."
-    if (gain := enough.get("still_to_gain")) is not None:
+    if (gain := enough.get("still_to_gain") or 0.0) > 0:
         change = f"{signed(-gain, 4)} ± {number(enough['still_to_gain_se'])}"
         said += f" From half of them to all, NLL changed by {change}: of independent draws about "
         said += "as much is still to be had from more."
