@@ -23,8 +23,12 @@ BASELINES = {
     "MAP, early-stopped": EARLY,
     "MAP, last epoch, temperature-scaled": SCALED_LAST,
     "MAP, early-stopped, temperature-scaled": SCALED,
-    "deep ensemble of the fits": DEEP,
+    "deep ensemble, last epoch": f"{LAST}_ensemble",
+    "deep ensemble, early-stopped": DEEP,
+    "deep ensemble, last epoch, temperature-scaled": f"{LAST}_ensemble_temperature_scaled",
+    "deep ensemble, early-stopped, temperature-scaled": f"{DEEP}_temperature_scaled",
 }
+"""Sampling starts from the early-stopped fits, so that theirs are the starts' own rows."""
 METRICS = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC", "nll": "NLL", "ece": "ECE"}
 ECE_SHARE, NLL_SHARE = 0.5, 0.85
 STRETCH = {"mrpc": 0.41}
@@ -270,8 +274,9 @@ def _excess(of: Sequence[Figures]) -> str | None:
 
 NOTES = (
     "Mean over seeds ± its standard error over seeds (in brackets: over the evaluated examples, "
-    "by bootstrap, which all seeds share). MAP rows are means over the four fits, never the best. "
-    "ECE if calibrated: what a calibrated model of these confidences scores at this number of "
-    "examples. R-hat and ESS: the worst of all seeds and quantities. Seconds: of all fits at once "
-    "(with the prior's search where one was made), and of sampling."
+    "by bootstrap, which all seeds share). MAP rows are means over the four fits, never the best; "
+    "a deep ensemble has one temperature, fitted to its mixture. ECE if calibrated: what a "
+    "calibrated model of these confidences scores at this number of examples. R-hat and ESS: the "
+    "worst of all seeds and quantities. Seconds: of all fits at once (with the prior's search "
+    "where one was made), and of sampling."
 )

@@ -5,10 +5,10 @@
     python benchmarks/posterior_against_baselines.py --samplers sgld sghmc+vr asgld
     python benchmarks/posterior_against_baselines.py --quick
 
-MAP of the last epoch and early-stopped, both temperature-scaled, the deep ensemble of the fits,
-SGLD and other samplers from the very same fits, about 1,000 chain-steps of 32 examples each. Needs
-the `offline` extra and local data (BAYESIAN_LORA_DATA), `--quick` and `synthetic` no data. Finished
-runs are kept and stopped ones go on: the same command given again ends what it began.
+MAP of the last epoch and early-stopped, the deep ensemble of either, all of them temperature-scaled
+too; SGLD and other samplers from the very same fits, about 1,000 chain-steps of 32 examples each.
+Needs the `offline` extra and local data (BAYESIAN_LORA_DATA), `--quick` and `synthetic` no data.
+Finished runs are kept and stopped ones go on: the same command given again ends what it began.
 `+vr` is a sampler with control variates: twice the gradients a step, and a larger step at the same
 bias. The other sampler by default is sghmc's BAOAB splitting with them: on quadratics its law has
 no discretisation error, so that minibatch noise alone limits the step, and that they reduce.
@@ -21,7 +21,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from baselines_ensembles import ensemble_lines
 from baselines_modes import mode_lines
 from baselines_plan import (
     TASKS,
@@ -165,8 +164,7 @@ def report(cells: Sequence[Cell], command: str) -> str:
         words = f"**{task}**: {n} examples evaluated, seeds: {seeds}, prior sd of each: {priors}"
         parts += [words, "\n".join(table(runs)), "\n".join(sampler_lines(runs))]
         parts.append("\n".join(verdicts(task, runs)))
-        first = next(iter(folders[task].values()))
-        parts.append("\n".join([*ensemble_lines(first), *mode_lines(folders[task])]))
+        parts.append("\n".join(mode_lines(folders[task])))
     if absent:
         parts.append(f"Not finished, and their seeds left out: {'; '.join(absent)}")
     return "\n\n".join(parts) + "\n"

@@ -12,7 +12,7 @@ import pytest
 
 from bayesian_lora import diagnostics
 from bayesian_lora.assessment import evaluation
-from bayesian_lora.assessment.run_rows import MOST, Fits, Given, rows
+from bayesian_lora.assessment.run_rows import MAP_ROWS, MOST, Fits, Given, rows
 from bayesian_lora.predict import Predictions
 from bayesian_lora.scores import calibration
 
@@ -20,8 +20,10 @@ from .predictors import CLASSES, PARTS, SCORES, classifiers, gaussians, nulls_wi
 
 M, DRAWS, N = 2, 5, 150
 K = M * DRAWS
-MAP_ROWS = ("map", "map_last", "map_early_stopped")
-SCALED = tuple(f"{name}_temperature_scaled" for name in MAP_ROWS)
+FITS = ("map", "map_last", "map_early_stopped")
+SCALED = tuple(f"{name}_temperature_scaled" for name in FITS)
+DEEP = tuple(f"{name}_ensemble" for name in FITS)
+DEEP_SCALED = tuple(f"{name}_temperature_scaled" for name in DEEP)
 
 
 def given(regression: bool = False, **changes: Any) -> Given:
@@ -38,7 +40,8 @@ def given(regression: bool = False, **changes: Any) -> Given:
 def test_every_row_has_every_figure(regression: bool) -> None:
     found = rows(given(regression))
     names = {*SCORES, "pearson"} if regression else {*CLASSES, *PARTS, "mcc", "expected_ece"}
-    for row in (*MAP_ROWS, "map_ensemble", "single", "ensemble"):
+    scaled = () if regression else (*SCALED, *DEEP_SCALED)
+    for row in (*FITS, *DEEP, *scaled, "single", "ensemble"):
         assert names - {"expected_ece"} <= found[row].keys(), row
         assert row == "single" or names <= found[row].keys()
         assert found["standard_errors"][row].keys() >= names - {"expected_ece"}
@@ -59,21 +62,26 @@ def test_rows_are_means_over_fits_and_mixtures(regression: bool) -> None:
             ]
             wanted = {"mean": np.mean(each), "sd": np.std(each, ddof=1)}
             assert found[row][name] == pytest.approx(wanted)
-    for row, p in (("map_ensemble", g.starts.on), ("ensemble", g.members)):
+    last = g.others["last"].on
+    for row, p in (
+        *(("map_ensemble", g.starts.on), ("map_last_ensemble", last)),
+        ("ensemble", g.members),
+    ):
         wanted = evaluation.evaluate_in_full(g.own, regression, p)
         assert {n: found[row][n] for n in wanted} == wanted
 
 
 def test_the_starts_are_one_of_the_kinds() -> None:
     found = rows(given())
-    assert found["map_early_stopped"] == found["map"]
-    assert found["map_early_stopped_temperature_scaled"] == found["map_temperature_scaled"]
-    assert found["map_last"]["nll"] != found["map"]["nll"]
+    for own, last, early in (FITS, SCALED, DEEP, DEEP_SCALED):
+        assert found[early] == found[own]
+        assert found[last]["nll"] != found[own]["nll"]
     errors = found["standard_errors"]
     assert errors["map_early_stopped"] == errors["map"]
     paired = errors["differences"]
     assert paired["ensemble-map_early_stopped"] == paired["ensemble-map"]
-    assert set(paired) == {f"ensemble-{row}" for row in (*MAP_ROWS, *SCALED, "map_ensemble")}
+    assert set(paired) == {f"ensemble-{row}" for row in MAP_ROWS}
+    assert set(MAP_ROWS) == {*FITS, *SCALED, *DEEP, *DEEP_SCALED}
 
 
 def test_each_kind_is_scaled_on_its_own_held_out_predictions() -> None:
@@ -89,6 +97,26 @@ def test_each_kind_is_scaled_on_its_own_held_out_predictions() -> None:
     assert first != second
 
 
+def test_a_deep_ensemble_is_scaled_by_one_temperature_of_its_held_out_mixture() -> None:
+    g = given()
+    found = rows(g)
+    for row, fits in zip(DEEP_SCALED[:2], (g.starts, g.others["last"]), strict=True):
+        assert fits.held_out is not None
+        losses = {}
+        for t in np.linspace(0.5, 4, 701):
+            probs = fits.held_out.probs ** (1 / t)
+            probs /= probs.sum(1, keepdims=True)
+            losses[t] = -np.log(probs[np.arange(60), fits.held_out.labels]).mean()
+        best = min(losses, key=losses.__getitem__)
+        assert found[row]["temperature"] == pytest.approx(best, abs=0.005)
+        probs = fits.on.probs ** (1 / found[row]["temperature"])
+        probs /= probs.sum(1, keepdims=True)
+        nll = -np.log(probs[np.arange(N), fits.on.labels]).mean()
+        assert found[row]["nll"] == pytest.approx(nll)
+        deep = found[row.removesuffix("_temperature_scaled")]
+        assert found[row]["accuracy"] == deep["accuracy"], "a temperature changes no answer"
+
+
 @pytest.mark.parametrize("regression", [False, True])
 def test_what_cannot_be_scaled_says_why_in_rows_and_errors(regression: bool) -> None:
     g = given(regression)
@@ -96,13 +124,15 @@ def test_what_cannot_be_scaled_says_why_in_rows_and_errors(regression: bool) -> 
         g = dataclasses.replace(g, starts=Fits(g.starts.on, None), others={}, reason="too old")
     found = rows(g)
     part = "Gaussian" if regression else "data.validation_share"
-    assert part in found["map_temperature_scaled"]["reason"]
-    assert part in found["standard_errors"]["map_temperature_scaled_reason"]
-    assert found["standard_errors"]["differences"]["ensemble-map_temperature_scaled"] is None
+    errors = found["standard_errors"]
+    for row in ("map_temperature_scaled", "map_ensemble_temperature_scaled"):
+        assert part in found[row]["reason"]
+        assert part in errors[f"{row}_reason"]
+        assert errors["differences"][f"ensemble-{row}"] is None
     assert nulls_without_reason(found) == []
     if not regression:
-        for row in (*MAP_ROWS[1:], *SCALED[1:]):
-            assert found[row] is found["standard_errors"][row] is None
+        for row in (x for forms in (FITS, SCALED, DEEP, DEEP_SCALED) for x in forms[1:]):
+            assert found[row] is errors[row] is None
             assert found[f"{row}_reason"] == "too old"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from bayesian_lora.assessment import diagrams, evaluation, summary
 from bayesian_lora.assessment.ensemble_curve import cumulative
-from bayesian_lora.assessment.run_rows import Fits, Given, rows
+from bayesian_lora.assessment.run_rows import MAP_ROWS, Fits, Given, rows
 
 from .predictors import classifiers, gaussians
 
@@ -67,8 +67,9 @@ def test_fits_that_sampling_did_not_start_from_have_a_row() -> None:
     found = cells(metrics())
     assert {"MAP (mean of warm starts)", "MAP, last epoch"} <= found.keys()
     assert {"MAP, temperature-scaled", "MAP, last epoch, scaled"} <= found.keys()
+    assert {"MAP ensemble, last epoch", "MAP ensemble, last epoch, scaled"} <= found.keys()
     assert not any("early-stopped" in title for title in found)
-    gone = cells(metrics(map_last=None, map_last_temperature_scaled=None))
+    gone = cells(metrics(**{row: None for row in MAP_ROWS if "last" in row}))
     assert not any("last epoch" in title for title in gone)
 
 
@@ -79,6 +80,8 @@ def test_figures_without_an_error_stand_alone_and_one_missing_is_told() -> None:
     older = metrics()
     del older["standard_errors"], older["calibration"], older["selective"], older["cumulative"]
     older["ensemble"].pop("aurc")
+    del older["map_ensemble_temperature_scaled"]
+    assert not any(title == "MAP ensemble, scaled" for title in cells(older))
     assert cells(older).keys() >= {"MAP (mean of warm starts)", "posterior ensemble of 8"}
     closing = "\n".join(summary.closing_lines(older))
     assert "Enough" not in closing
@@ -129,16 +132,31 @@ def test_large_errors_keep_their_width() -> None:
 @pytest.mark.parametrize("regression", [False, True])
 def test_the_ensemble_is_compared_with_the_simple_baselines(regression: bool) -> None:
     m = metrics(regression)
+    m["map"]["nll"]["mean"] = 0.01
     lines = [x for x in summary.closing_lines(m) if x.startswith("Ensemble less ")]
-    titles = ["MAP (mean of warm starts)", "MAP, temperature-scaled", "MAP ensemble"]
+    titles = ["MAP (mean of warm starts)", "MAP, temperature-scaled"]
+    titles += ["MAP ensemble (deep ensemble)", "MAP ensemble, scaled"]
     if regression:
-        titles.remove("MAP, temperature-scaled")
+        titles = [title for title in titles if "scaled" not in title]
     assert len(lines) == len(titles)
     for line, title in zip(lines, titles, strict=True):
         assert line.startswith(f"Ensemble less {title}")
     gap = m["ensemble"]["nll"] - m["map_ensemble"]["nll"]
     error = m["standard_errors"]["differences"]["ensemble-map_ensemble"]["nll"]
-    assert f"NLL {gap:+.4f} ± {error:.4f}".replace("± 0.", "± .") in lines[-1]
+    deep = next(line for line in lines if "(deep ensemble)" in line)
+    assert f"NLL {gap:+.4f} ± {error:.4f}".replace("± 0.", "± .") in deep
     assert not any(
         "Ensemble less" in x for x in summary.closing_lines(m | {"sampler": {"name": "map"}})
     )
+
+
+def test_the_strongest_baseline_is_compared_with_too() -> None:
+    m = metrics()
+    m["map_last_ensemble_temperature_scaled"]["nll"] = 0.01
+    lines = [
+        x for x in summary.closing_lines(m) if x.startswith("Ensemble less MAP ensemble, last")
+    ]
+    gap = m["ensemble"]["nll"] - 0.01
+    assert len(lines) == 1
+    assert lines[0].startswith("Ensemble less MAP ensemble, last epoch, scaled: accuracy ")
+    assert f"NLL {gap:+.4f} ± ." in lines[0]

@@ -20,7 +20,9 @@ def metrics(**rows: Any) -> dict[str, Any]:
     figures = {"accuracy": 0.8, "nll": 0.4, "ece": 0.05, "brier": 0.3, "expected_ece": 0.03}
     spread = {name: {"mean": value, "sd": 0.01} for name, value in figures.items()}
     fits = ("map_last", "map_early_stopped")
-    others = ("map_last_temperature_scaled", "map_temperature_scaled", "map_ensemble", "ensemble")
+    mixtures = ("map_ensemble", "map_last_ensemble")
+    scaled = (f"{row}_temperature_scaled" for row in ("map", "map_last", *mixtures))
+    others = (*mixtures, *scaled, "ensemble")
     return {
         **{"n": 100, "cost": {"train_s": 30.0, "sample_s": 12.0}, "diagnostics": VERDICT},
         **dict.fromkeys(fits, spread),

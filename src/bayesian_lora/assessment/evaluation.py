@@ -118,6 +118,12 @@ def member(p: Predictions, k: int) -> Predictions:
     return Predictions(p.logits[k : k + 1], p.labels, np.ones(1), p.example_id, noise, p.true_probs)
 
 
+def pooled(p: Predictions) -> Predictions:
+    """The mixture of classifiers as one member: its logits (1, N, C) are log-probabilities."""
+    logits = metrics.ensemble_log_probs(p.logits, p.weights)[None]
+    return replace(p, logits=logits, weights=np.ones(1))
+
+
 def mean_and_sd(rows: Sequence[Figures]) -> Figures:
     """{figure: {"mean", "sd"}} over rows (ddof 1); one row has no sd, and says so."""
     names = [n for n in rows[0] if not n.endswith("_reason")]

@@ -1,13 +1,13 @@
 """The rows of a run's `metrics.json`: forms of MAP, single members, the ensemble.
 
 What stands beside an ensemble are the strongest simple things that its warm starts already give:
-the fits of the last epoch and the early-stopped ones, each also with its temperature fitted, and
-the deep ensemble of them.
+the fits of the last epoch and the early-stopped ones, and the deep ensemble of either kind, each
+as it is and with its temperature fitted.
 
 Shapes: K members, M chains, N examples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,9 @@ from bayesian_lora.scores import calibration
 
 KINDS = ("last", "early_stopped")
 """Of warm starts: see `ensemble.other_starts`."""
-SCALED = "temperature_scaled"
+FITS = ("map", *(f"map_{kind}" for kind in KINDS))
+SCALED, MIXED = "_temperature_scaled", "_ensemble"
+MAP_ROWS = tuple(fits + form for fits in FITS for form in ("", SCALED, MIXED, MIXED + SCALED))
 MOST = 20
 """Members, spread evenly, whose mean's standard error over examples stands for that of all."""
 NOT_KEPT = "the run keeps no such fits"
@@ -63,38 +65,30 @@ def rows(given: Given) -> Figures:
     """Every row, the standard errors of all and of the ensemble's differences from the others.
 
     Returns:
-        ``map``, ``map_last``, ``map_early_stopped`` and ``single``: {figure: {mean, sd}}, of single
-        members ``mcse`` too; ``map_temperature_scaled``, ``map_<kind>_temperature_scaled``: means
-        over the fits; ``map_ensemble``, ``ensemble``: figures; ``standard_errors``. In all but
-        ``single`` ``expected_ece`` is the ECE that a model would score here whose probabilities
+        Of the fits (FITS: ``map``, ``map_last``, ``map_early_stopped``) the rows ``FITS``:
+        {figure: {mean, sd}}, ``FITS_temperature_scaled``: means over the fits,
+        ``FITS_ensemble`` and ``FITS_ensemble_temperature_scaled``: figures of their mixture;
+        ``single``: {figure: {mean, sd, mcse}}; ``ensemble``: figures; ``standard_errors``. In all
+        but ``single`` ``expected_ece`` is the ECE that a model would score here whose probabilities
         are these and right. A row that there is not is null with ``<row>_reason``.
     """
     work = _Work(given)
-    names = {f"map_{kind}": given.others.get(kind) for kind in KINDS}
-    found: Figures = {
-        "map": work.spread(given.starts),
-        "map_ensemble": work.figures(given.starts.on),
-        f"map_{SCALED}": work.scaled(given.starts)[1],
-    }
-    predictors: dict[str, Row] = {
-        "map": work.alone(given.starts.on),
-        "map_ensemble": [given.starts.on],
-        f"map_{SCALED}": work.scaled(given.starts)[0],
-    }
-    for name, fits in names.items():
-        for key in (name, f"{name}_{SCALED}"):
+    found: Figures = {}
+    predictors: dict[str, Row] = {}
+    kept = (given.starts, *map(given.others.get, KINDS))
+    for name, fits in zip(FITS, kept, strict=True):
+        for form, make in work.forms.items():
+            row = name + form
             if fits is None:
                 reason = given.reason or NOT_KEPT
-                found |= {key: None, f"{key}_reason": reason}
-                predictors[key] = reason
-            elif key == name:
-                found[key], predictors[key] = work.spread(fits), work.alone(fits.on)
+                found |= {row: None, f"{row}_reason": reason}
+                predictors[row] = reason
             else:
-                predictors[key], found[key] = work.scaled(fits)
+                predictors[row], found[row] = make(fits)
+    pairs = [("ensemble", row) for row in predictors]
     ensemble = {**work.figures(given.members), "k": given.members.num_members}
     found |= {"single": work.single(), "ensemble": ensemble}
     predictors |= {"single": work.some_members(), "ensemble": [given.members]}
-    pairs = [("ensemble", row) for row in predictors if row not in ("ensemble", "single")]
     errors = standard_errors(given.own, given.regression, predictors, pairs)
     return {**found, "standard_errors": errors}
 
@@ -104,10 +98,17 @@ class _Work:
 
     def __init__(self, given: Given) -> None:
         self.given = given
-        # By identity: arrays have no hash, and all of these live as long as this does.
+        # By identity: arrays have no hash. What is a key here must live as long as this does.
         self._alone: dict[int, list[Predictions]] = {}
         self._scaled: dict[int, tuple[Row, Figures]] = {}
         self._figures: dict[int, Figures] = {}
+        self._pooled: dict[int, Fits] = {}
+        self.forms: dict[str, Callable[[Fits], tuple[Row, Figures]]] = {
+            "": self.spread,
+            SCALED: self.scaled,
+            MIXED: self.mixture,
+            MIXED + SCALED: lambda fits: self.scaled(self.pooled(fits)),
+        }
 
     def alone(self, p: Predictions) -> list[Predictions]:
         """Each member as a predictor."""
@@ -127,9 +128,25 @@ class _Work:
             self._figures[id(p)] = found
         return self._figures[id(p)]
 
-    def spread(self, fits: Fits) -> Figures:
-        """{figure: {mean, sd}} over the fits."""
-        return evaluation.mean_and_sd([self.figures(p) for p in self.alone(fits.on)])
+    def spread(self, fits: Fits) -> tuple[Row, Figures]:
+        """Each fit as a predictor, and {figure: {mean, sd}} over them."""
+        members = self.alone(fits.on)
+        return list(members), evaluation.mean_and_sd([self.figures(p) for p in members])
+
+    def mixture(self, fits: Fits) -> tuple[Row, Figures]:
+        """Their deep ensemble."""
+        return [fits.on], self.figures(fits.on)
+
+    def pooled(self, fits: Fits) -> Fits:
+        """The mixture as one fit, to be scaled as one (Rahaman & Thiery 2021); what cannot be
+        scaled stays as it is.
+        """
+        if self.given.regression or fits.held_out is None:
+            return fits
+        if id(fits) not in self._pooled:
+            both = (evaluation.pooled(p) for p in (fits.on, fits.held_out))
+            self._pooled[id(fits)] = Fits(*both)
+        return self._pooled[id(fits)]
 
     def scaled(self, fits: Fits) -> tuple[Row, Figures]:
         """The fits with their temperatures, and the means of their figures."""
@@ -138,7 +155,7 @@ class _Work:
             if isinstance(found, str):
                 self._scaled[id(fits)] = found, evaluation.no_temperature(found)
             else:
-                members = self.alone(found[0])
+                members = evaluation.alone(found[0])
                 rows = [self.figures(p) for p in members]
                 self._scaled[id(fits)] = list(members), evaluation.scaled_means(rows, found[1])
         return self._scaled[id(fits)]

@@ -10,16 +10,17 @@ SHOWN = ("accuracy", "f1", "mcc", "pearson", "spearman", "rmse", "nll", "crps", 
 MAP_ROWS = {
     "map": "MAP (mean of warm starts)",
     "map_temperature_scaled": "MAP, temperature-scaled",
+    "map_ensemble": "MAP ensemble (deep ensemble)",
+    "map_ensemble_temperature_scaled": "MAP ensemble, scaled",
 }
-OTHER_FITS = {
-    "map": {"map_last": "MAP, last epoch", "map_early_stopped": "MAP, early-stopped"},
-    "map_temperature_scaled": {
-        "map_last_temperature_scaled": "MAP, last epoch, scaled",
-        "map_early_stopped_temperature_scaled": "MAP, early-stopped, scaled",
-    },
-}
+OTHER_FITS = {"map_last": "last epoch", "map_early_stopped": "early-stopped"}
 """The fits that sampling may have started from; what it did start from is the row itself."""
-DEEP = "MAP ensemble (deep ensemble)"
+OTHER_TITLES = {
+    "map": "MAP, {}",
+    "map_temperature_scaled": "MAP, {}, scaled",
+    "map_ensemble": "MAP ensemble, {}",
+    "map_ensemble_temperature_scaled": "MAP ensemble, {}, scaled",
+}
 COMPARED = ("accuracy", "pearson", "nll", "ece", "crps")
 TITLES = {"nll": "NLL", "ece": "ECE", "crps": "CRPS"}
 ERROR_WIDTH = len(" ± .0000")
@@ -64,11 +65,13 @@ def _rows(m: Figures) -> dict[str, str]:
     """The rows that are shown, under their titles."""
     rows = {}
     for row, own in MAP_ROWS.items():
+        if m.get(row) is None:  # of an evaluation by an older version
+            continue
         rows[row] = own
-        for key, title in OTHER_FITS[row].items():
+        for fits, words in OTHER_FITS.items():
+            key = fits + row.removeprefix("map")
             if m.get(key) is not None and m[key] != m[row]:
-                rows[key] = title
-    rows |= {"map_ensemble": DEEP}
+                rows[key] = OTHER_TITLES[row].format(words)
     if _sampled(m):
         rows |= {"single": "single sample (mean)"}
         rows |= {"ensemble": f"posterior ensemble of {m['ensemble']['k']}{_cold(m)}"}
@@ -166,11 +169,17 @@ def _trust_lines(m: Figures) -> list[str]:
 
 
 def _against_lines(m: Figures, errors: Figures) -> list[str]:
-    """What sampling has brought: the ensemble's figures less those of the simple baselines."""
+    """What sampling has brought: the ensemble's figures less those of the starts' simple baselines,
+    and of the strongest by NLL where that is of other fits.
+    """
     if not _sampled(m):
         return []
-    lines, ensemble = [], m["ensemble"]
-    for row, title in (*MAP_ROWS.items(), ("map_ensemble", DEEP)):
+    lines, ensemble, shown = [], m["ensemble"], _rows(m)
+    simple = {r: nll for r in shown if r[:3] == "map" and (nll := _value(m, r, "nll")) is not None}
+    strongest = min(simple, key=simple.__getitem__)
+    for row, title in shown.items():
+        if row not in (*MAP_ROWS, strongest):
+            continue
         paired = (errors.get("differences") or {}).get(f"ensemble-{row}") or {}
         parts = []
         for name in COMPARED:

@@ -17,15 +17,20 @@ ROWS = {
     "map_last_temperature_scaled": "MAP of the last epoch, temperature-scaled",
     "map_early_stopped_temperature_scaled": "MAP, early-stopped, temperature-scaled",
     "map_ensemble": "deep ensemble of the warm starts",
+    "map_last_ensemble": "deep ensemble of the last epoch",
+    "map_early_stopped_ensemble": "deep ensemble, early-stopped",
+    "map_ensemble_temperature_scaled": "deep ensemble, temperature-scaled",
+    "map_last_ensemble_temperature_scaled": "deep ensemble of the last epoch, temperature-scaled",
+    "map_early_stopped_ensemble_temperature_scaled": "deep ensemble, early-stopped, "
+    "temperature-scaled",
     "single": "single draw, mean of all",
     "ensemble": "posterior ensemble",
 }
+KINDS = {"map_last": "last epoch", "map_early_stopped": "early-stopped"}
+FORMS = ("map", "map_temperature_scaled", "map_ensemble", "map_ensemble_temperature_scaled")
 ALIKE = {
-    "map": {"map_last": "last epoch", "map_early_stopped": "early-stopped"},
-    "map_temperature_scaled": {
-        **{"map_last_temperature_scaled": "last epoch"},
-        **{"map_early_stopped_temperature_scaled": "early-stopped"},
-    },
+    form: {kind + form.removeprefix("map"): words for kind, words in KINDS.items()}
+    for form in FORMS
 }
 """Rows of which one is always the very same as the row before it: whichever fits the starts are."""
 BASELINES = tuple(name for name in ROWS if name not in ("single", "ensemble"))
