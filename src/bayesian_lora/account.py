@@ -29,6 +29,8 @@ CURVATURE_TOLERANCE = 0.03
 """Relative change of k at which it ends."""
 DISPLACEMENT = 0.03
 """Norm of the finite difference's displacement: about a stiff direction's posterior width."""
+FLATTEST = 1e-6
+"""Of k_max, a curvature under which nothing relaxes in any run: for a prior that is flat."""
 SAFETY = 0.5
 """Of the largest stable step, the most that `auto` takes."""
 
@@ -54,13 +56,14 @@ class Measured:
         """The variance by the end of a run of step size h: where it grows, with the square of the
         distance, for which every coordinate is taken to diffuse freely up to its prior.
 
-        An upper bound: (Δθ)² over T/(N k_max) is at most 2·steps/relaxation and k_max/k_prior.
+        An upper bound: of no coordinate is (Δθ)² over T/(N k_max) more than what it is where the
+        prior alone holds, (k_max/k_prior)·(1 − exp(−2·steps/relaxation there)).
         """
         if not self.grows:
             return self.variance
-        diffused = 2.0 * steps / sampler.relaxation_steps(h, self.k_max)
-        widest = self.k_max / self.k_prior if self.k_prior > 0 else math.inf
-        return self.variance * max(1.0, min(diffused, widest))
+        slow = max(self.k_prior, FLATTEST * self.k_max)
+        reached = -math.expm1(-2.0 * steps / sampler.relaxation_steps(h, slow))
+        return self.variance * max(1.0, reached * self.k_max / slow)
 
 
 @dataclass(frozen=True)
