@@ -11,7 +11,7 @@ import pytest
 from bayesian_lora.assessment import evaluation
 from bayesian_lora.assessment.ensemble_curve import POINTS, cumulative
 from bayesian_lora.predict import Predictions
-from bayesian_lora.scores.bootstrap import bootstrap_se
+from tests.scores.plain_bootstrap import plain_errors
 
 from .predictors import classifiers, first, gaussians, nulls_without_reason
 
@@ -43,7 +43,7 @@ def test_differences_are_paired_and_their_error_is_the_bootstraps() -> None:
     found = cumulative(False, p)
     gap = losses(first(p, 1)) - losses(p)
     assert found["difference"][0] == pytest.approx(gap.mean(), rel=1e-9)
-    drawn = bootstrap_se(
+    drawn = plain_errors(
         lambda index: {"gap": float(gap[index].mean())}, 300, np.random.default_rng(0), 2000
     )
     assert found["difference_se"][0] == pytest.approx(drawn["gap"], rel=0.1)

@@ -13,6 +13,7 @@ from scipy.stats import norm
 from sklearn.metrics import log_loss, matthews_corrcoef
 
 from bayesian_lora.assessment import evaluation
+from bayesian_lora.assessment.run_rows import Fits, Given, rows
 from bayesian_lora.metrics import uncertainty_per_example
 from bayesian_lora.predict import Predictions
 
@@ -26,6 +27,14 @@ def predictions(classes: int = 2, scale: float = 2.0, seed: int = 0, **other: An
     weights = np.array([0.1, 0.2, 0.3, 0.4])
     parts = {"logits": logits, "labels": labels, "weights": weights, "example_id": np.arange(N)}
     return Predictions(**{**parts, **other})
+
+
+def temperature_scaled(
+    own: tuple[str, ...], regression: bool, p: Predictions, held_out: Predictions | None
+) -> dict[str, Any]:
+    """The row of fits that predict `p`."""
+    given = Given(own, regression, p, np.arange(p.num_members), Fits(p, held_out))
+    return rows(given)["map_temperature_scaled"]
 
 
 def scores(seed: int = 0) -> Predictions:
@@ -102,7 +111,7 @@ def test_each_warm_start_gets_its_own_temperature() -> None:
     held = Predictions(logits, labels, np.full(2, 0.5), ids)
     p = predictions(seed=3)
     two = Predictions(p.logits[:2], p.labels, np.full(2, 0.5), p.example_id)
-    found = evaluation.temperature_scaled(("accuracy",), False, two, held)
+    found = temperature_scaled(("accuracy",), False, two, held)
     assert found["temperature"] == pytest.approx((2.0 + 0.5) / 2, rel=0.05)
     nll = [log_loss(p.labels, softmax(two.logits[k] / t, axis=-1)) for k, t in ((0, 2), (1, 0.5))]
     assert found["nll"] == pytest.approx(np.mean(nll), rel=0.02)
@@ -112,10 +121,10 @@ def test_a_temperature_that_the_held_out_data_do_not_settle_is_told() -> None:
     """All right: the colder the better. The row would make any ensemble look good beside it."""
     p = predictions()
     right = predictions(scale=20.0)
-    found = evaluation.temperature_scaled((), False, p, right)
+    found = temperature_scaled((), False, p, right)
     assert found["temperature"] == pytest.approx(0.05, rel=1e-3)
     assert f"{K} of {K} temperatures stopped at a bound" in found["temperature_note"]
-    settled = evaluation.temperature_scaled((), False, p, predictions(seed=1))
+    settled = temperature_scaled((), False, p, predictions(seed=1))
     assert "temperature_note" not in settled
 
 
@@ -123,7 +132,7 @@ def test_a_temperature_that_the_held_out_data_do_not_settle_is_told() -> None:
 def test_a_warm_start_that_always_says_the_same_has_no_mcc(constant: int) -> None:
     p = predictions()
     p.logits[constant] = [3.0, 0.0]
-    found = evaluation.temperature_scaled(("mcc",), False, p, predictions(seed=1))
+    found = temperature_scaled(("mcc",), False, p, predictions(seed=1))
     assert found["mcc"] is None
     assert "constant" in found["mcc_reason"]
     assert found["nll"] > 0
@@ -134,7 +143,7 @@ def test_a_warm_start_that_always_says_the_same_has_no_mcc(constant: int) -> Non
 
 @pytest.mark.parametrize(("regression", "part"), [(True, "Gaussian"), (False, "validation_share")])
 def test_without_held_out_classes_there_is_no_temperature(regression: bool, part: str) -> None:
-    found = evaluation.temperature_scaled((), regression, predictions(), None)
+    found = temperature_scaled((), regression, scores() if regression else predictions(), None)
     assert set(found) == {"accuracy", "nll", "ece", "brier", "temperature", "reason"}
     assert part in found.pop("reason")
     assert set(found.values()) == {None}

@@ -13,6 +13,7 @@ import pytest
 from bayesian_lora import diagnostics
 from bayesian_lora.assessment import evaluation
 from bayesian_lora.assessment.run_rows import MAP_ROWS, MOST, Fits, Given, rows
+from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.predict import Predictions
 from bayesian_lora.scores import calibration
 
@@ -91,8 +92,16 @@ def test_each_kind_is_scaled_on_its_own_held_out_predictions() -> None:
         ("map_temperature_scaled", g.starts),
         ("map_last_temperature_scaled", g.others["last"]),
     ):
-        wanted = evaluation.temperature_scaled(g.own, False, fits.on, fits.held_out)
-        assert {n: found[row][n] for n in wanted} == wanted
+        assert fits.held_out is not None
+        each = [temperature_scale(x, fits.held_out.labels) for x in fits.held_out.logits]
+        assert found[row]["temperature"] == pytest.approx(np.mean(each))
+        scaled = [
+            dataclasses.replace(one, logits=one.logits / t)
+            for one, t in zip(evaluation.alone(fits.on), each, strict=True)
+        ]
+        for name in ("nll", "mcc"):
+            means = np.mean([evaluation.evaluate(g.own, False, one)[name] for one in scaled])
+            assert found[row][name] == pytest.approx(means)
     first, second = (found[row]["temperature"] for row in SCALED[:2])
     assert first != second
 

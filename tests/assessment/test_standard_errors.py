@@ -11,7 +11,7 @@ import pytest
 from bayesian_lora.assessment import evaluation
 from bayesian_lora.assessment.standard_errors import standard_errors
 from bayesian_lora.predict import Predictions
-from bayesian_lora.scores.bootstrap import bootstrap_se
+from tests.scores.plain_bootstrap import plain_errors
 
 from .predictors import CLASSES, PARTS, SCORES, classifiers, gaussians, nulls_without_reason
 
@@ -40,7 +40,7 @@ def test_a_rows_error_is_that_of_the_mean_over_its_predictors(regression: bool) 
 
     names = (*SCORES, "pearson") if regression else (*CLASSES, *PARTS, "mcc")
     assert set(found) == set(names)
-    plain = bootstrap_se(statistic, N, np.random.default_rng(7), 400)
+    plain = plain_errors(statistic, N, np.random.default_rng(7), 400)
     assert found == pytest.approx(plain, rel=0.2)
 
 

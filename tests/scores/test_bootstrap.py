@@ -9,11 +9,11 @@ import pytest
 from bayesian_lora.errors import InputError
 from bayesian_lora.scores.bootstrap import (
     Replicates,
-    bootstrap_se,
     replicate,
     resample_counts,
     standard_errors,
 )
+from tests.scores.plain_bootstrap import plain_errors
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -33,7 +33,7 @@ def test_error_of_accuracy_is_that_of_a_binomial_share():
     right = hits(400)
     got = replicate({"map": mean_of(right)}, 400, rng(), 4000).se("map")
     assert got["mean"] == pytest.approx(expected, rel=0.05)
-    plain = bootstrap_se(lambda i: {"accuracy": float(right[i].mean())}, 400, rng(), 4000)
+    plain = plain_errors(lambda i: {"accuracy": float(right[i].mean())}, 400, rng(), 4000)
     assert plain == {"accuracy": pytest.approx(expected, rel=0.05)}
 
 
@@ -93,27 +93,10 @@ def test_undefined_replicates_are_left_out_and_said():
     assert standard_errors({"f1": np.full(4, np.nan)}, 10)["f1"] is None
 
 
-def test_undefined_figures_of_the_plain_way_are_left_out_too():
-    labels = np.r_[np.ones(3), np.zeros(2)]
-
-    def share(index: np.ndarray) -> dict[str, float | str | None]:
-        y = labels[index]
-        if y.min() == y.max():
-            return {"spread": None, "spread_reason": "one class"}
-        return {"spread": float(y.std())}
-
-    got = bootstrap_se(share, 5, rng(), 300)
-    expected = 300 * (0.6**5 + 0.4**5)
-    assert got["spread_left_out"] == pytest.approx(expected, abs=4 * np.sqrt(expected))
-    assert isinstance(got["spread"], float)
-    assert "spread_reason" not in got
-
-
 def test_one_example_has_no_error():
     got = replicate({"a": mean_of(np.ones(1))}, 1, rng()).se("a")
     assert got["mean"] is None
     assert "one example" in str(got["mean_reason"])
-    assert bootstrap_se(lambda i: {"x": float(i[0])}, 1, rng())["x"] is None
 
 
 def test_what_never_varies_claims_no_error_of_0():
@@ -127,7 +110,5 @@ def test_what_never_varies_claims_no_error_of_0():
 def test_impossible_numbers_are_refused():
     with pytest.raises(InputError, match="no examples to resample"):
         replicate({"a": mean_of(np.ones(1))}, 0, rng())
-    with pytest.raises(InputError, match="no examples to resample"):
-        bootstrap_se(lambda _: {}, 0, rng())
     with pytest.raises(InputError, match="1 replicates have no spread"):
         replicate({"a": mean_of(np.ones(3))}, 3, rng(), 1)

@@ -169,20 +169,6 @@ def scale(
     return replace(p, logits=p.logits / np.array(found)[:, None, None]), found
 
 
-def temperature_scaled(
-    own: Sequence[str], regression: bool, p: Predictions, held_out: Predictions | None
-) -> Figures:
-    """Each warm start with its temperature fitted on held-out data (`scale`): means.
-
-    Without held-out data, or for regression, every figure is null with the reason.
-    """
-    scaled = scale(regression, p, held_out)
-    if isinstance(scaled, str):
-        return no_temperature(scaled)
-    members, temperatures = scaled
-    return scaled_means([evaluate(own, False, one) for one in alone(members)], temperatures)
-
-
 def no_temperature(reason: str) -> Figures:
     """The figures of fits that could not be scaled: null."""
     names = ("accuracy", "nll", "ece", "brier", "temperature")

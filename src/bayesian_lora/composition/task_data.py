@@ -9,7 +9,6 @@ from bayesian_lora.composition.stack import StackTask
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.glue_datasets import get_task, load_split
-from bayesian_lora.data.preparation import load_train
 from bayesian_lora.data.tasks import TaskSpec
 from bayesian_lora.data.token_cache import default_folder
 from bayesian_lora.errors import InputError
@@ -58,31 +57,6 @@ def evaluation_sets(
         )
         for name in names
     }
-
-
-def load_task_data(
-    task: StackTask,
-    tokenizer: Any,
-    *,
-    data_dir: Path | None,
-    train_examples: int | None,
-    validation_share: float,
-    seed: int,
-) -> TaskData:
-    """Train, held-out and evaluation sets of one task; subset and division as in `load_train`.
-
-    Raises:
-        InputError: a regression (composition trains classifications only), or as `load_train`.
-    """
-    train, held_out = load_train(
-        trainable_spec(task),
-        data_dir=data_dir,
-        train_examples=train_examples,
-        validation_share=validation_share,
-        seed=seed,
-    )
-    assert held_out is not None
-    return tokenised(task, train, held_out, tokenizer, evaluation_sets(task, tokenizer, data_dir))
 
 
 def trainable_spec(task: StackTask) -> TaskSpec:

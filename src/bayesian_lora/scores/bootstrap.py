@@ -2,10 +2,9 @@
 
 Shape letters: N examples, R replicates in all, B of them at a time.
 
-The quick way, for rows of figures: a replicate is how often it drew each example, `counts` (N, B),
-and a `Statistic` gives its figures for B replicates at once, NaN where one is undefined. All rows
-see the same replicates, so their differences are paired. The plain way is `bootstrap_se`, for any
-function of an index.
+A replicate is how often it drew each example, `counts` (N, B), and a `Statistic` gives its figures
+for B replicates at once, NaN where one is undefined. All rows see the same replicates, so their
+differences are paired.
 
 The error is over examples alone: the model, its draws, its training and a fitted temperature are
 held fixed. Errors of figures that are sums of absolute or squared gaps in bins are too large near
@@ -20,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bayesian_lora.errors import InputError
 from bayesian_lora.metrics import Figures
@@ -89,26 +87,6 @@ def resample_counts(
         block = min(size, replicates - first)
         drawn = rng.integers(n, size=(block, n)) * block + np.arange(block)[:, None]
         yield np.bincount(drawn.ravel(), minlength=n * block).reshape(n, block).astype(np.float64)
-
-
-def bootstrap_se(
-    statistic: Callable[[NDArray[np.int64]], Figures],
-    n: int,
-    rng: np.random.Generator,
-    replicates: int = REPLICATES,
-) -> Figures:
-    """Standard error of each figure of `statistic`, a function of the drawn examples' index (N,).
-
-    Every replicate is one call. Figures that come out as None in a replicate are left out of it.
-    Raises InputError on no examples or fewer than two replicates.
-    """
-    _check(n, replicates)
-    rows = [statistic(rng.integers(n, size=n)) for _ in range(replicates)]
-    names = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, str))
-    values = {k: np.array([row.get(k) for row in rows], dtype=np.float64) for k in names}
-    return standard_errors(
-        {k: v for k, v in values.items() if not k.endswith(("_reason", "_left_out"))}, n
-    )
 
 
 def standard_errors(values: Mapping[str, Array], n: int) -> Figures:
