@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayesian_lora.account import account_lines, account_of, measure, top_curvature
+from bayesian_lora.account import account_lines, account_of, longer, measure, top_curvature
 from bayesian_lora.errors import InputError
 from bayesian_lora.samplers import PSGLD, SAMSGLD, SGHMC, SGLD, SGNHT, ControlVariate, SAMSGLDRank1
 from bayesian_lora.samplers.base import Closure, Sampler
@@ -254,6 +254,9 @@ def test_auto_bounds_the_heat_of_a_run_that_leaves_the_control_variate(
 
     found = measure(sampler, plain, full, lambda: control.closure(plain()))
     account = account_of(sampler, found, step_size=None, bias=0.1, steps=steps)
+    lines = "\n".join(account_lines(account, 0.1))
+    assert f"variance of a batch gradient {found.variance:.3g} a posterior width away" in lines
+    assert f"by step {steps}, at a variance of {account.variance_end:.3g}" in lines
     near = account_of(
         sampler, dataclasses.replace(found, grows=False), step_size=None, bias=0.1, steps=steps
     )
@@ -265,6 +268,24 @@ def test_auto_bounds_the_heat_of_a_run_that_leaves_the_control_variate(
     t_eff = sampler.t_eff
     assert t_eff is not None
     assert 1.0 < t_eff.mean().item() < account.t_eff
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_longer_run_has_the_account_of_its_steps(grows: bool):
+    problem = Quadratic(chains=2)
+    found = measure(problem.sampler, problem.batch, problem.full())
+    found = dataclasses.replace(found, variance=1e-3, grows=grows)
+    first, last = (
+        account_of(problem.sampler, found, step_size=0.01, bias=0.1, steps=steps)
+        for steps in (400, 4000)
+    )
+    then = longer(problem.sampler, first, 4000)
+    assert dataclasses.asdict(then) == pytest.approx(dataclasses.asdict(last))
+    assert last.heat is not None
+    assert first.heat is not None
+    assert (last.heat > 2 * first.heat) == grows
+    chosen = account_of(problem.sampler, found, step_size=None, bias=0.1, steps=400)
+    assert longer(problem.sampler, chosen, 400) == chosen
 
 
 def test_the_lines_say_when_a_run_is_too_short():

@@ -1,7 +1,7 @@
 """What a sampler will do, measured at the warm start before it does it.
 
-Curvature and minibatch noise along the stiffest direction give the step size (`auto`), its two
-biases, the effective temperature and the relaxation time, to be held against the steps planned.
+Curvature and minibatch noise along the stiffest direction give the step size (`auto`), its biases,
+T_eff and the relaxation time, to be held against the steps planned.
 
 Shapes: M chains, d parameters of one chain. Units: `bayesian_lora.samplers.base`.
 """
@@ -9,7 +9,7 @@ Shapes: M chains, d parameters of one chain. Units: `bayesian_lora.samplers.base
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,34 +30,31 @@ CURVATURE_TOLERANCE = 0.03
 DISPLACEMENT = 0.03
 """Norm of the finite difference's displacement: about a stiff direction's posterior width."""
 FLATTEST = 1e-6
-"""Of k_max, a curvature under which nothing relaxes in any run: for a prior that is flat."""
+"""Of k_max, a curvature under which nothing relaxes in any run: under a flat prior."""
 SAFETY = 0.5
 """Of the largest stable step, the most that `auto` takes."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class Stiffest:
     """Along the stiffest direction at the warm start, in the sampler's metric.
 
     k_max: largest curvature of U/N over the chains, in modulus. k_prior: the least curvature there
     is, the prior's. variance: of a batch gradient along the direction, mean over chains; `grows`:
-    with the distance from the warm start. direction: unit vectors (M, d); curvature: along them
-    (M,).
+    with the distance from the warm start, one posterior width from which it is taken.
     """
 
     k_max: float
     k_prior: float
     variance: float
     grows: bool
-    direction: Tensor
-    curvature: Tensor
 
     def variance_at(self, sampler: Sampler, h: float, steps: int) -> float:
         """The variance by the end of a run of step size h: where it grows, with the square of the
         distance, for which every coordinate is taken to diffuse freely up to its prior.
 
-        An upper bound: of no coordinate is (Δθ)² over T/(N k_max) more than what it is where the
-        prior alone holds, (k_max/k_prior)·(1 − exp(−2·steps/relaxation there)).
+        At temperature T no coordinate's mean (Δθ)² over T/(N k_max) is more than what it is where
+        the prior alone holds, (k_max/k_prior)·(1 − exp(−2·steps/relaxation there)).
         """
         if not self.grows:
             return self.variance
@@ -67,19 +64,26 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Account:
+class Measured(Stiffest):
+    """The direction with it: unit vectors (M, d); curvature: along them (M,)."""
+
+    direction: Tensor
+    curvature: Tensor
+
+
+@dataclass(frozen=True)
+class Account(Stiffest):
     """A step size and what it entails. Biases are relative to the target's variance along k_max.
 
-    discretisation: α h k_max (SGLD: h·k_max/2). heat: η N h v/(2T) (None at T = 0), with the v of
-    the run's end where it grows (`Measured.variance_at`). t_eff: with that heat. largest_stable: by
-    the sampler's own limit. relaxation: steps to 1/e along the stiffest direction;
-    relaxation_prior: where only the prior holds; steps: planned, a chain.
+    variance_end: v by the run's end (`Stiffest.variance_at`). discretisation: α h k_max (SGLD:
+    h·k_max/2). heat: η N h v/(2T) (None at T = 0) with that v. t_eff: with that heat.
+    largest_stable: by the sampler's own limit. relaxation: steps to 1/e along the stiffest
+    direction; relaxation_prior: where only the prior holds; steps: planned, a chain.
     """
 
     step_size: float
     auto: bool
-    k_max: float
-    variance: float
+    variance_end: float
     discretisation: float
     heat: float | None
     t_eff: float
@@ -107,7 +111,7 @@ def measure(
         fixed: the closure whose curvature is taken, the same batch at every call.
         reduced: as `plain`, with the control variate, where the run has one. Its variance vanishes
             at the warm start, so it is measured one posterior width √(T/(N k_max)) off in every
-            coordinate; it grows with the distance (`Measured.variance_at`).
+            coordinate; it grows with the distance (`Stiffest.variance_at`).
     """
     for _ in range(ADAPTING if sampler.metric(_drift(sampler, fixed)) is not None else 0):
         sampler.adapt(_drift(sampler, plain()))
@@ -178,7 +182,7 @@ def displaced(sampler: Sampler, x: Tensor) -> Iterator[None]:
 
 def account_of(
     sampler: Sampler,
-    measured: Measured,
+    measured: Stiffest,
     *,
     step_size: float | None,
     bias: float,
@@ -208,22 +212,34 @@ def account_of(
 
     if step_size is None and t == 0:
         raise InputError("sampler.step_size=auto weighs noise against the temperature, which is 0")
-    h = step_size
+    h, flattest = step_size, measured.k_prior
     if h is None:
         h = _largest(lambda h: sampler.bias_gain * h * k + heat(h) / t <= bias, SAFETY * largest)
     return Account(
+        k_max=k,
+        k_prior=measured.k_prior,
+        variance=measured.variance,
+        grows=measured.grows,
         step_size=h,
         auto=step_size is None,
-        k_max=k,
-        variance=measured.variance_at(sampler, h, steps),
+        variance_end=measured.variance_at(sampler, h, steps),
         discretisation=sampler.bias_gain * h * k,
         heat=heat(h) / t if t > 0 else None,
         t_eff=t + heat(h),
         largest_stable=largest,
         relaxation=sampler.relaxation_steps(h, k),
-        relaxation_prior=_relaxation(sampler, h, measured.k_prior),
+        relaxation_prior=sampler.relaxation_steps(h, flattest) if flattest > 0 else math.inf,
         steps=steps,
     )
+
+
+def longer(sampler: Sampler, account: Account, steps: int) -> Account:
+    """The account of the same run with other steps planned, at its step size."""
+    end, heat = account.variance_at(sampler, account.step_size, steps), account.heat
+    more = end / account.variance_end - 1 if account.variance_end > 0 else 0.0
+    added = account.t_eff if heat is None else account.t_eff * heat / (1 + heat)
+    t_eff, heat = account.t_eff + more * added, None if heat is None else heat * (1 + more)
+    return replace(account, steps=steps, variance_end=end, heat=heat, t_eff=t_eff)
 
 
 def _largest(allowed: Callable[[float], bool], most: float) -> float:
@@ -237,25 +253,24 @@ def _largest(allowed: Callable[[float], bool], most: float) -> float:
     return low
 
 
-def account_lines(a: Account, bias: float, can_reduce: bool = True) -> list[str]:
-    """The account for a person, with a warning where the run is shorter than it relaxes.
-
-    `can_reduce`: the gradient's variance is not reduced yet.
-    """
+def account_lines(a: Account, bias: float) -> list[str]:
+    """The account for a person, with a warning where the run is shorter than it relaxes."""
     origin = f"auto, for a bias of {bias:g}" if a.auto else "as given"
     heat = "not defined at T = 0" if a.heat is None else f"{a.heat:.3g}"
+    growth = " a posterior width away" if a.grows else ""
+    end = f" by step {a.steps}, at a variance of {a.variance_end:.3g}" if a.grows else ""
     lines = [
         f"Step size h = {a.step_size:.3g} ({origin}); at the warm start, along the stiffest "
         "direction:",
         f"  curvature k_max {a.k_max:.3g} (stable below h = {a.largest_stable:.3g}), variance of "
-        f"a batch gradient {a.variance:.3g}",
+        f"a batch gradient {a.variance:.3g}{growth}",
         f"  biases of the variance: discretisation {a.discretisation:.3g}, minibatch heat {heat}; "
-        f"T_eff {a.t_eff:.3g}",
+        f"T_eff {a.t_eff:.3g}{end}",
         f"  relaxation: {_steps(a.relaxation)} steps there, {_steps(a.relaxation_prior)} where "
         f"only the prior holds; a chain will make {a.steps}",
     ]
     if a.steps < a.relaxation_prior:
-        more = " or sampler.variance_reduction=true (larger h)" if can_reduce and a.auto else ""
+        more = " or sampler.variance_reduction=true (larger h)" if a.auto and not a.grows else ""
         which = "any direction" if a.steps < a.relaxation else "directions that the data leave free"
         lines.append(
             f"  Warning: too short for {which}: expect 'not mixed', an ensemble of its starts; "
@@ -278,10 +293,6 @@ def _prior_curvature(sampler: Sampler, like: Tensor) -> float:
     metric = sampler.metric(like)
     least = precision if metric is None else metric * precision
     return float(least.min()) if isinstance(least, Tensor) else least
-
-
-def _relaxation(sampler: Sampler, h: float, k: float) -> float:
-    return sampler.relaxation_steps(h, k) if k > 0 else math.inf
 
 
 def _steps(value: float) -> str:

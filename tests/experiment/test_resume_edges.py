@@ -114,6 +114,21 @@ def test_an_extension_says_how_many_steps_it_makes(
     assert read(root / "run.json")["account"]["steps"] == 4 + 2 * 5
 
 
+def test_an_extension_that_goes_further_from_its_control_variate_says_how_hot_it_ends(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = ("sampler.variance_reduction=true", "sampler.step_size=0.1")
+    root = train(config_of(tiny_models["bert"], tmp_path / "run", *keys), QUIET)
+    short = read(root / "run.json")["account"]
+    train(config_of(tiny_models["bert"], root, *keys, "sampler.num_samples=40"), QUIET)
+    account = read(root / "run.json")["account"]
+    assert account["variance"] == short["variance"]
+    assert account["variance_end"] > short["variance_end"]
+    assert account["heat"] / short["heat"] == pytest.approx(
+        account["variance_end"] / short["variance_end"]
+    )
+
+
 def test_dropping_may_be_allowed_after_the_run_stopped(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -3,9 +3,7 @@
 Each goes on from where a run's checkpoint stands.
 """
 
-import dataclasses
-
-from bayesian_lora.account import Account, account_lines
+from bayesian_lora.account import Account, account_lines, longer
 from bayesian_lora.config import MAP
 from bayesian_lora.data.batching import BatchOrder, TokenisedSet
 from bayesian_lora.data.preparation import fixed_part
@@ -126,11 +124,10 @@ def sample(run: Run) -> None:
         run.checkpoint()
     else:
         steps = chains.burn_in.steps + chains.thinning.steps
-        run.account = dataclasses.replace(Account(**tree["account"]), steps=steps)
+        run.account = longer(chains.sampler, Account(**tree["account"]), steps)
         run.state.load_state_dict(tree["state"])
         tree = run.resumed = None  # else the whole state is held a second time
-    reduced = config.sampler.variance_reduction
-    for line in account_lines(run.account, config.sampler.bias, not reduced):
+    for line in account_lines(run.account, config.sampler.bias):
         say(line)
     say(f"Burn-in phase: {chains.burn_in.steps} steps")
     run.logger.begin("burn_in", chains.burn_in.steps)

@@ -20,7 +20,7 @@ from bayesian_lora.run_folder import BEGINNING, RunFolder, versions
 from bayesian_lora.utils.checkpoint import Damaged, read_checkpoint
 from bayesian_lora.utils.files import read_json
 
-FORMAT = 3
+FORMAT = 4
 ELSEWHERE = "keep both with output.dir=<new folder>, or replace it with output.overwrite=true"
 
 

@@ -25,10 +25,13 @@ ACCOUNT = {
     "step_size": "Step size h",
     "auto": "Chosen by the run itself",
     "k_max": "Largest curvature of U/N",
-    "variance": "Variance of a batch gradient along it",
+    "k_prior": "Least curvature, the prior's",
+    "variance": "Variance of a batch gradient along the stiffest direction",
+    "grows": "It is that one posterior width away, and grows with the distance",
+    "variance_end": "That variance by the run's end",
     "discretisation": "Bias of the variance by the finite step",
     "heat": "Bias of the variance by minibatch noise",
-    "t_eff": "Effective temperature to expect",
+    "t_eff": "Effective temperature to expect by the run's end",
     "largest_stable": "Largest stable step size",
     "relaxation": "Steps to forget, stiffest direction",
     "relaxation_prior": "Steps to forget, where only the prior holds",
@@ -67,7 +70,7 @@ def sampler(files: RunFiles) -> Section:
 def _account(account: Any) -> Block:
     if not isinstance(account, Mapping):
         return Missing("Account of the step size", "the run recorded none")
-    rows = [[cell(ACCOUNT.get(n, n.replace("_", " "))), _given(account, n)] for n in account]
+    rows = [[cell(title), _given(account, n)] for n, title in ACCOUNT.items() if n in account]
     return Table("Account of the step size, taken before sampling", ["What", "Value"], rows)
 
 
