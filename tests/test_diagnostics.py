@@ -202,7 +202,7 @@ def test_quantities_hold_every_figure():
 @pytest.mark.parametrize(
     ("starts", "reason"),
     [
-        ({"a": 0.1 * WIDE}, r"were not overdispersed \(0.5\d* < 2\)"),
+        ({"a": 0.1 * WIDE}, r"were not overdispersed \(0.5\d* < 2, median of 1 q"),
         (None, "not available \\(no starts were recorded for a\\)"),
     ],
 )
@@ -280,9 +280,18 @@ def test_no_verdict_rests_on_excluded_quantities():
     assert got["quantities"]["raw/norm_A"]["rhat"] > 1.5
 
 
-def test_median_dispersion_does_not_fall_with_the_number_of_quantities():
-    traces = {f"probe[{i}]": good(i) for i in range(3)}
-    starts = {"probe[0]": WIDE, "probe[1]": 0.1 * WIDE, "probe[2]": WIDE}
-    got = summarise(traces, starts)
-    ratios = sorted(number(start_dispersion(starts[k], traces[k])) for k in traces)
-    assert got["start_dispersion"] == ratios[1]
+@pytest.mark.parametrize(
+    ("wide", "said"),
+    [
+        (5, r"mixed R.*; starts 5\.\d+ within-chain sd apart \(median of 5 quantities\)"),
+        (3, r"mixed R.*s; 2 below 2, the least 0\.5\d on q4: R-hat says less of those\)"),
+        (1, r"not proven R.* < 2, median of 5 .*; 4 below 2, the least 0\.5\d on q4\), so .*"),
+    ],
+)
+def test_close_starts_that_the_median_passes_over_are_told_of(wide: int, said: str):
+    traces = {f"q{i}": good(i) for i in range(5)}
+    sizes = [*[1.0] * wide, *[0.2] * (4 - wide), 0.1][:5]
+    got = summarise(traces, {k: s * WIDE for k, s in zip(traces, sizes, strict=True)})
+    assert re.fullmatch(said, f"{got['verdict']} {got['reason']}")
+    ratios = [row["start_dispersion"] for row in got["quantities"].values()]
+    assert got["start_dispersion"] == sorted(ratios)[2]

@@ -127,7 +127,8 @@ def summarise(
 
     The verdicts: "not mixed" (an R-hat above 1.05 or a bulk ESS below 100), "not available" (no
     R-hat at all), "not proven" (nothing speaks against mixing, but a quantity has no figures, or
-    the starts were within 2 within-chain deviations or unknown), and otherwise "mixed".
+    the starts were within 2 within-chain deviations or unknown), and otherwise "mixed". Where the
+    starts have a say, the reason tells of the quantities that their median passes over.
     """
     given = starts or {}
     rows = {name: _quantity(x, given.get(name)) for name, x in traces.items()}
@@ -221,6 +222,16 @@ def _median_dispersion(rows: Mapping[str, Mapping[str, Estimate]]) -> Estimate:
     return Estimate(float(np.median(values))) if values else Estimate(None, "nothing was traced")
 
 
+def _close_starts(rows: dict[str, dict[str, Estimate]]) -> str:
+    """How many quantities had starts closer than the limit, and the closest; "" if none."""
+    values = {name: row["start_dispersion"].value for name, row in rows.items()}
+    close = [(x, name) for name, x in values.items() if x is not None and x < DISPERSION_LIMIT]
+    if not close:
+        return ""
+    least, name = min(close)
+    return f"; {len(close)} below {DISPERSION_LIMIT:g}, the least {least:.2g} on {name}"
+
+
 def _worst(
     rows: dict[str, dict[str, Estimate]], key: str, pick: Callable[[Iterable], Any]
 ) -> tuple[float, str] | None:
@@ -263,13 +274,17 @@ def _verdict(
             f"{ESS_BULK_LIMIT:g}; run longer"
         )
         return "not mixed", "; ".join([found, *doubts])
-    blind = "so R-hat cannot see modes that no chain visited"
+    found = (
+        f"R-hat at most {worst[0]:.4g} ({worst[1]}), bulk ESS at least {least[0]:.0f} ({least[1]})"
+    )
+    blind, close = "so R-hat cannot see modes that no chain visited", _close_starts(rows)
+    over = f"median of {len(rows)} quantities{close}"
     if dispersion.value is None:
         doubts.append(f"start dispersion is not available ({dispersion.reason}), {blind}")
     elif dispersion.value < DISPERSION_LIMIT:
         figure = f"{dispersion.value:.3g} < {DISPERSION_LIMIT:g}"
-        doubts.append(f"starts were not overdispersed ({figure}), {blind}")
-    found = (
-        f"R-hat at most {worst[0]:.4g} ({worst[1]}), bulk ESS at least {least[0]:.0f} ({least[1]})"
-    )
+        doubts.append(f"starts were not overdispersed ({figure}, {over}), {blind}")
+    else:
+        less = ": R-hat says less of those" if close else ""
+        found += f"; starts {dispersion.value:.3g} within-chain sd apart ({over}{less})"
     return ("not proven" if doubts else "mixed"), "; ".join([found, *doubts])

@@ -90,11 +90,15 @@ def test_where_more_members_bring_nothing_few_are_enough() -> None:
     assert sum(k is not None and k <= 10 for k in found) >= 5
 
 
-def test_what_the_half_lacks_is_what_the_whole_lacks() -> None:
-    whole = [noisy(1000, 2.0, seed) for seed in range(12)]
-    lacks = [losses(first(p, 20)).mean() - losses(p).mean() for p in whole]
-    told = [cumulative(False, first(p, 20))["enough"]["still_to_gain"] for p in whole]
-    assert np.mean(told) == pytest.approx(np.mean(lacks), rel=0.4)
+@pytest.mark.parametrize(("k", "judged"), [(12, 4), (16, 8), (20, 8)])
+def test_what_the_first_lack_tells_what_the_whole_lacks(k: int, judged: int) -> None:
+    """Each input once with either label, so that infinitely many members would reach log 2."""
+    logits = 0.5 * np.random.default_rng(k).normal(size=(k, 4000, 2))
+    labels = np.repeat([0, 1], 4000)
+    p = Predictions(np.tile(logits, (1, 2, 1)), labels, np.full(k, 1 / k), np.arange(8000))
+    enough = cumulative(False, p, chains=4)["enough"]
+    assert enough["judged"] == judged
+    assert enough["still_to_gain"] == pytest.approx(losses(p).mean() - np.log(2), rel=0.15)
 
 
 def test_members_that_go_on_improving_are_never_enough() -> None:
@@ -105,6 +109,7 @@ def test_members_that_go_on_improving_are_never_enough() -> None:
     enough = cumulative(False, p)["enough"]
     assert enough["k"] is enough["k_within_nll_se"] is None
     assert "first 3 of 6 samples" in enough["reason"]
+    assert f"about {enough['still_to_gain']:.2g} is still to be gained" in enough["reason"]
     assert "draw more" in enough["reason"]
     assert enough["k_within_nll_se_reason"]
     worse = cumulative(False, dataclasses.replace(p, logits=logits[::-1]))["enough"]
@@ -127,6 +132,15 @@ def test_only_whole_draws_of_all_chains_are_judged() -> None:
     both = dataclasses.replace(both, logits=worse)
     assert cumulative(False, both, chains=2)["enough"]["k"] == 2
     assert cumulative(False, both, chains=1)["enough"]["k"] == 4
+
+
+def test_the_error_of_what_is_to_gain_grows_with_it() -> None:
+    p = classifiers(k=12, n=60)
+    gap = losses(first(p, 4)) - losses(p)
+    enough = cumulative(False, p, chains=4)["enough"]
+    assert enough["still_to_gain"] == pytest.approx(gap.mean() / 2, rel=1e-9)
+    assert enough["still_to_gain_se"] == pytest.approx(gap.std() / np.sqrt(60) / 2, rel=1e-9)
+    assert "up to 4 of the 12" in enough["reason"] or "first 4 of 12" in enough["reason"]
 
 
 def test_one_draw_a_chain_is_judged_member_by_member() -> None:
@@ -159,4 +173,5 @@ def test_too_little_to_say_what_is_enough(k: int, n: int, part: str) -> None:
     enough = found["enough"]
     assert part in enough["reason"]
     assert enough["k"] is enough["k_within_nll_se"] is enough["nll_se"] is None
+    assert enough["judged"] is enough["still_to_gain"] is None
     assert len(found["nll"]) == k

@@ -18,7 +18,7 @@ from bayesian_lora.errors import InputError
 from bayesian_lora.manifest import write_manifest
 from bayesian_lora.member_files import MemberRecord
 from bayesian_lora.predict import Predictions
-from bayesian_lora.utils.files import write_json, write_npz
+from bayesian_lora.utils.files import read_json, write_json, write_npz
 
 from ..run_files import HEAD  # noqa: TID252 (tests have no package name to import by)
 from .predictors import classifiers, gaussians
@@ -149,6 +149,9 @@ def test_what_is_not_there_says_how_to_get_it(run: Path, tmp_path: Path) -> None
     assert f"eval {run} --split mismatched" in message
     (run / "predictions" / "shifted.npz").unlink()
     assert f"eval {run} --split shifted" in refused(run, "shifted")
+    path = run / "metrics.shifted.json"
+    write_json(path, {**read_json(path, "metrics"), "ood": {"set": "a/shifted.csv"}})
+    assert f"eval {run} --ood a/shifted.csv" in refused(run, "shifted")
     (run / "metrics.json").unlink()
     assert "evaluate first" in refused(run)
     assert "metrics.json" in refused(tmp_path / "nowhere")

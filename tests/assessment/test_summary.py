@@ -77,6 +77,12 @@ def test_figures_without_an_error_stand_alone_and_one_missing_is_told() -> None:
     one = metrics(n=1)
     found = cells(one)
     assert re.fullmatch(r"\d\.\d{4}", found["posterior ensemble of 8"][1])
+    closing = "\n".join(summary.closing_lines(one))
+    assert "Standard errors are not available: one example has no spread" in closing
+    assert "one standard error over" not in closing
+    assert f"one standard error over the {N} examples" in "\n".join(
+        summary.closing_lines(metrics())
+    )
     older = metrics()
     del older["standard_errors"], older["calibration"], older["selective"], older["cumulative"]
     older["ensemble"].pop("aurc")
@@ -160,3 +166,7 @@ def test_the_strongest_baseline_is_compared_with_too() -> None:
     assert len(lines) == 1
     assert lines[0].startswith("Ensemble less MAP ensemble, last epoch, scaled: accuracy ")
     assert f"NLL {gap:+.4f} ± ." in lines[0]
+    m["map_last_ensemble_temperature_scaled"]["temperature_note"] = "stopped at a bound"
+    assert not any(
+        x.startswith("Ensemble less MAP ensemble, last") for x in summary.closing_lines(m)
+    )

@@ -206,10 +206,17 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path: Path) -> None:
         load_shifted(SST2, two, None)
 
 
-@pytest.mark.parametrize("stem", ["validation", "train", "uci", "imdb"])
+@pytest.mark.parametrize("stem", ["validation", "train", "uci", "imdb", "ag_news_train"])
 def test_a_file_never_takes_the_name_of_another_set(stem: str, tmp_path: Path) -> None:
     path = write(tmp_path / f"{stem}.csv", [["sentence", "label"], ["x", "0"]])
     assert load_shifted(SST2, path, None).name == f"file_{stem}"
+
+
+def test_a_file_is_known_by_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Path(write(tmp_path / "a.csv", [["sentence", "label"], ["x", "0"]]))
+    monkeypatch.chdir(tmp_path)
+    assert load_shifted(SST2, "a.csv", None).file == path.resolve()
+    assert load_shifted(SST2, "synthetic:shifted", None).file is None
 
 
 def test_names_go_before_files(

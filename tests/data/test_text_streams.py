@@ -99,7 +99,8 @@ WRONG = {
     "twice": (b"text,text\na,b\n", "csv", r"in:1: two columns are called 'text'"),
     "no header": (b"", "csv", r"in: empty; a CSV file begins"),
     "not json": (b'{"text": "a"}\n{"text": \n', "jsonl", r"in:2: .*JSON \(.* at character 10\)"),
-    "nan": (b'{"text": "a", "x": NaN}\n', "jsonl", r"in:1: not valid JSON \(NaN is no JSON"),
+    "nan": (b'{"text": "a", "x": NaN}\n', "jsonl", r"in:1: not valid JSON \(NaN is no finite"),
+    "huge": (b'{"text": "a", "x": [-1e999]}\n', "jsonl", r"in:1: .*\(-1e999 is no finite number\)"),
     "deep": (b'{"text": ' * 100_000 + b"\n", "jsonl", r"in:1: not valid JSON"),
     "a list": (b'[{"text": "a"}]\n', "jsonl", r"in:1: a JSON list; write one object"),
     "no object": (b'"text"\n', "jsonl", r"in:1: found str, must be an object"),
@@ -164,8 +165,22 @@ def test_what_has_no_line_ends_does_not_fill_the_memory(monkeypatch: pytest.Monk
     assert len(texts(read(b"x" * (2**20 - 1) + b"\n", "lines"))[0]) == 2**20 - 1
 
 
-def test_an_unclosed_quote_does_not_take_in_the_whole_input() -> None:
-    source = Source(iter([b"text\n", b'"open\n', *[b"x" * 100 + b"\n"] * 100_000]))
-    with pytest.raises(InputError, match=r"in:2: malformed row .*field larger"):
+def test_an_unclosed_quote_does_not_take_in_the_whole_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text_streams, "LONGEST_LINE", 2**20)
+    source = Source(iter([b"text\n", b'"open\n', *[b"x" * 1000 + b"\n"] * 10_000]))
+    with pytest.raises(InputError, match=r"in:2: a field of more than 1 MiB, .*: close its quotes"):
         list(read_records(cast(BinaryIO, source), "in", "csv", Wanted()))
     assert source.asked < 2_000
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_a_field_may_be_as_long_as_a_line(kind: str) -> None:
+    limit = csv.field_size_limit()
+    long = "a " * limit
+    records = read_records(io.BytesIO(f'text\nb\n"{long}"\n'.encode()), "in", kind, Wanted())
+    assert next(records).texts == ("b",)
+    assert csv.field_size_limit() == limit, "other readers of the process keep theirs"
+    assert next(records).texts == (long,)
+    assert csv.field_size_limit() == limit

@@ -5,6 +5,7 @@ Shapes: K members, M warm starts, N examples.
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,26 @@ def test_predictions_of_other_examples_are_refused(run: Path, tmp_path: Path) ->
     assert not (run / "metrics.mine.json").exists()
 
 
+def test_two_files_of_one_name_keep_their_figures_each(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where both were given by the same words, from two folders."""
+    said = Said()
+    for n, folder in ((30, "a"), (20, "b"), (31, "a"), (21, "b")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        reviews(Path("mine.csv"), n)
+        evaluate_ood(run, "mine.csv", progress=said)
+    first, other = stored(run, "mine"), stored(run, "mine_2")
+    assert [(f["split"], f["n"]) for f in (first, other)] == [("mine", 31), ("mine_2", 21)]
+    assert [f["ood"]["set"] for f in (first, other)] == [
+        str((tmp_path / folder / "mine.csv").resolve()) for folder in "ab"
+    ]
+    assert [len(load_predictions(run, name)) for name in ("mine", "mine_2")] == [31, 21]
+    assert len(list(run.glob("metrics.mine*"))) == 2
+    assert any(line.endswith("is stored as mine_2: mine is another file's") for line in said.lines)
+
+
 def test_a_single_example_outside_has_no_standard_error(run: Path, tmp_path: Path) -> None:
     path = reviews(tmp_path / "one.csv", 1)
     row = evaluate_ood(run, path, progress=Said())["ood"]["scores"]["predictive_entropy"]
@@ -277,7 +298,12 @@ def test_a_run_without_sampling_is_its_own_deep_ensemble(finished: Path, tmp_pat
     )
     train(config)
     path = reviews(tmp_path / "mine.csv")
-    ood = evaluate_ood(tmp_path / "map", path, progress=Said())["ood"]
+    said = Said()
+    ood = evaluate_ood(tmp_path / "map", path, progress=said)["ood"]
+    heads = [line for line in said.lines if "mine against validation" in line]
+    assert len(heads) == 2
+    for head in heads:
+        assert re.split(r"\s{2,}", head)[1:] == ["deep ensemble", "MAP (mean)", "ensemble − MAP"]
     assert ood["scores"] == ood["map_ensemble"]
     difference = ood["differences"]["ensemble-map_ensemble"]["predictive_entropy"]
     assert (difference["auroc"], difference["auroc_se"]) == (0, None)

@@ -107,8 +107,29 @@ def test_chains_that_agree_are_rarely_said_to_differ():
 def test_a_chain_slower_than_the_run_is_said_to_be():
     walk = np.random.default_rng(5).standard_normal((2000, 1, 1)).cumsum(0)
     got = fed(walk).per_chain()
-    assert "slower than these rows can show" in str(got.note[0, 0])
+    assert "too few to show how slow" in str(got.note[0, 0])
     assert got.ess[0, 0] < 20
+
+
+def noted(x: np.ndarray, phi: float) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the rows are said to be too few, and ess/truth, of every quantity, all chains."""
+    got = fed(x).pooled()
+    truth = x.shape[0] * x.shape[1] * (1 - phi) / (1 + phi)
+    return np.array(["too few" in str(note) for note in got.note]), got.ess / truth
+
+
+@pytest.mark.parametrize(("phi", "rows"), [(0.95, 1000), (0.98, 5000), (0.99, 5000)])
+def test_no_luck_spares_a_slow_chain_its_note(phi: float, rows: int):
+    """26, 51 and 25 effective draws a chain: windows that seem wide enough are so by luck."""
+    slow, ratio = noted(ar1(rows, (4, 200), phi), phi)
+    assert np.median(ratio) > 1.1
+    assert slow.mean() > 0.95
+
+
+def test_what_has_no_note_is_about_right():
+    slow, ratio = noted(ar1(20_000, (4, 50)), 0.9)
+    assert not slow.any()
+    assert np.median(ratio) == pytest.approx(1.05, abs=0.1)
 
 
 def test_too_few_rows_have_a_reason():

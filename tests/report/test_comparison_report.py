@@ -81,12 +81,32 @@ def test_cells_are_counted_by_how_they_stand_to_their_baselines(compared: Compar
     assert "of 1 no standard error is known" in short(compared)[1]
 
 
-def test_cells_of_several_tasks_have_no_best_among_them(compared: Compared) -> None:
+@pytest.mark.parametrize("other", [{"task": "sst2"}, {"split": "test"}, {"n": 80}])
+def test_cells_of_other_examples_have_no_best_among_them(
+    compared: Compared, other: dict[str, str | int]
+) -> None:
     files = compared.cells["one"]
-    cells = {"one": files, "other": changed(files, task="sst2")}
-    said = short(dataclasses.replace(compared, cells=cells))
+    cells = {"one": files, "other": changed(files, **other)}
+    found = dataclasses.replace(compared, cells=cells)
+    said = short(found)
     assert len(said) == 1
     assert said[0].startswith("Of 2 posterior ensembles")
+    *charts, errors = comparison_page(found, "runs").sections[2].blocks
+    assert [b.text for b in charts if isinstance(b, Chart)] == [
+        f"{name} of 2 cells." for name in ("NLL", "ECE", "Accuracy")
+    ]
+    assert isinstance(errors, Text)
+    assert errors.text.startswith("The cells did not answer the same examples")
+
+
+def test_cells_of_the_same_examples_differ_more_surely_than_their_bars(
+    compared: Compared,
+) -> None:
+    files = compared.cells["one"]
+    found = dataclasses.replace(compared, cells={"one": files, "other": with_nll(files, 0.9)})
+    errors = comparison_page(found, "runs").sections[2].blocks[-1]
+    assert isinstance(errors, Text)
+    assert errors.text.startswith("The cells answered the same examples")
 
 
 def test_cells_that_sampled_nothing_are_no_posterior_ensembles(compared: Compared) -> None:

@@ -72,13 +72,17 @@ def test_not_settled_keeps_its_reason(run_files: RunFiles) -> None:
 
 
 def test_what_more_samples_would_bring_is_said(run_files: RunFiles) -> None:
-    enough = {"k": 5, "reason": "so", "still_to_gain": 0.0123, "still_to_gain_se": 0.002}
+    gain = {"still_to_gain": 0.0123, "still_to_gain_se": 0.002}
+    enough = {"k": 5, "reason": "so", "judged": 8, **gain}
     curve = {**run_files.metrics["cumulative"], "enough": enough}
     said = only(cumulative(changed(run_files, cumulative=curve)).blocks, Text).text
-    assert "from half of them to all, nll changed by -0.0123 ± 0.0020" in said.lower()
+    assert "by the first 8 of the 20, more draws would change NLL by about -0.0123 ± 0.0020" in said
     curve["enough"] = {**enough, "still_to_gain": -0.0123}
     worse = only(cumulative(changed(run_files, cumulative=curve)).blocks, Text).text
     assert worse == "5 samples are enough: so.", "later draws that are worse promise nothing"
+    curve["enough"] = {"k": 5, "reason": "so", **gain}
+    older = only(cumulative(changed(run_files, cumulative=curve)).blocks, Text).text
+    assert older == worse, "it was claimed too large, and nothing says by how much"
 
 
 @pytest.mark.parametrize("part", ["calibration", "selective", "cumulative"])

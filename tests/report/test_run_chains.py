@@ -19,7 +19,7 @@ from bayesian_lora.report.run_chains import (
     trace_chart,
 )
 from bayesian_lora.report.run_files import RunFiles
-from tests.report.finished_runs import CHAINS, ROWS, traces
+from tests.report.finished_runs import CHAINS, ROWS, changed, traces
 
 
 def test_ranks_of_chains_that_take_turns_are_even() -> None:
@@ -40,6 +40,7 @@ def test_ranks_of_chains_apart_fill_bins_of_their_own() -> None:
 def test_a_rank_chart_shows_every_draw_and_what_is_even() -> None:
     x = np.arange(400.0).reshape(4, 100)
     found = rank_chart("log_posterior", x, (0, 1, 3, 5))
+    assert isinstance(found, Chart)
     bars = [t for t in found.figure["data"] if t["type"] == "bar"]
     assert [sum(t["y"]) for t in bars] == [100] * 4
     assert {tuple(t["y"]) for t in found.figure["data"] if t["type"] == "scatter"} == {(5.0, 5.0)}
@@ -131,6 +132,44 @@ def test_the_section_shows_traces_of_every_chain(run_files: RunFiles) -> None:
     assert len(first.figure["data"][0]["x"]) == ROWS
     verdict = run_files.metrics["diagnostics"]["reason"]
     assert any(verdict in getattr(b, "text", "") for b in blocks)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_trace_that_is_not_finite_has_no_rank_plot_and_spoils_nothing_else(
+    run_files: RunFiles, value: float
+) -> None:
+    spoilt = {name: x.copy() for name, x in run_files.traces.items()}
+    spoilt["log_posterior"][1, [2, 7]] = value
+    blocks = chains(dataclasses.replace(run_files, traces=spoilt)).blocks
+    why = f"2 of {CHAINS * ROWS} values are not finite, and have no rank"
+    assert Missing("Rank plot of log_posterior", why) in blocks
+    whole = chains(run_files).blocks
+    captions = [[b.caption for b in s if isinstance(b, Chart | Table)] for s in (blocks, whole)]
+    ranks = "log_posterior: ranks of each chain's draws among all."
+    assert captions[0] == [c for c in captions[1] if not c.startswith(ranks)]
+    traced = next(b for b in blocks if isinstance(b, Chart))
+    assert traced.figure["data"][1]["y"][2] is None
+    assert traced.numbers.rows[1][1].reason == "the trace is not finite"
+    assert traced.numbers.rows[2][1].reason == ""
+
+
+def test_the_dispersion_of_the_starts_stands_by_quantity_and_as_their_median(
+    run_files: RunFiles,
+) -> None:
+    starts = {"log_posterior": np.array([-600.0, -300, 0, 300]), "probe_logprob[0]": np.arange(4.0)}
+    quantities = {name: run_files.traces[name] for name in (*starts, "probe_logprob[1]")}
+    found = diagnostics.summarise(quantities, starts)
+    blocks = chains(changed(run_files, diagnostics=found)).blocks
+    table = next(b for b in blocks if isinstance(b, Table) and "highest R-hat" in b.caption)
+    place = table.columns.index("Dispersion of the starts")
+    shown = {row[0].text: row[place] for row in table.rows}
+    for name in starts:
+        assert float(shown[name].text) == pytest.approx(
+            found["quantities"][name]["start_dispersion"], rel=1e-3
+        )
+    assert shown["probe_logprob[1]"].reason == "no starts were recorded"
+    key = next(b for b in blocks if isinstance(b, Table) and "all judged" in b.caption)
+    assert any(row[0].text == "Dispersion of the starts, median" for row in key.rows)
 
 
 def test_milestones_without_any_ess_are_but_their_reason() -> None:

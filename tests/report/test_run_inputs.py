@@ -2,17 +2,22 @@
 
 import copy
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bayesian_lora import metrics
+from bayesian_lora.manifest import write_manifest
+from bayesian_lora.member_files import MemberRecord
 from bayesian_lora.predict import Predictions
 from bayesian_lora.report.page import Chart, Missing, Table, Text
 from bayesian_lora.report.run_calibration import calibration, selective
-from bayesian_lora.report.run_files import RunFiles
+from bayesian_lora.report.run_files import RunFiles, read_run
 from bayesian_lora.report.run_inputs import LISTED, LONGEST, Texts, entropy_chart, inputs, shifted
-from tests.report.finished_runs import EXAMPLES, LABELS
+from bayesian_lora.utils.files import read_npz, write_npz
+from tests.report.finished_runs import CHAINS, EXAMPLES, HEAD, LABELS, MEMBERS
 
 TEXTS = Texts({i: (f"text {i}",) for i in range(EXAMPLES)})
 
@@ -100,6 +105,35 @@ def test_a_set_of_other_labels_says_why_it_has_no_accuracy(run_files: RunFiles) 
     other["ensemble"] = {"accuracy": None, "accuracy_reason": "other label space: sports"}
     blocks = shifted(dataclasses.replace(run_files, others={"shifted": other})).blocks
     assert Missing("Accuracy on shifted", "other label space: sports") in blocks
+
+
+def test_figures_of_a_set_that_are_an_earlier_ensembles_are_not_shown(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    """The run was extended to twice the members, and evaluated again on its default split."""
+    root = Path(shutil.copytree(run_folder, tmp_path / "run"))
+    own = root / "predictions" / "validation.npz"
+    p = read_npz(own)
+    more = {"logits": np.tile(p["logits"], (2, 1, 1)), "weights": np.tile(p["weights"] / 2, 2)}
+    write_npz(own, {**p, **more})
+    write_manifest(root, HEAD, [MemberRecord("", k % CHAINS, k, k) for k in range(2 * MEMBERS)])
+    (block,) = shifted(read_run(root)).blocks
+    assert isinstance(block, Missing)
+    assert block.what == "shifted"
+    assert "predictions of 20 members, the run has 40; store it anew with" in block.reason
+
+
+def test_one_set_of_an_earlier_ensemble_leaves_the_others_as_they_are(
+    run_files: RunFiles,
+) -> None:
+    files = dataclasses.replace(
+        run_files,
+        others={**run_files.others, "old": run_files.others["shifted"]},
+        missing={"predictions of old": "of 5 members"},
+    )
+    found = list(shifted(files).blocks)
+    found.remove(Missing("old", "of 5 members"))
+    assert found == shifted(run_files).blocks
 
 
 def test_no_other_set_says_how_to_get_one(run_files: RunFiles) -> None:

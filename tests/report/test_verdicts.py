@@ -39,6 +39,15 @@ def test_without_standard_errors_nothing_is_judged(run_files: RunFiles) -> None:
     assert "orth it" not in said
 
 
+def test_an_error_that_cannot_be_computed_says_why_and_not_to_try_again(
+    run_files: RunFiles,
+) -> None:
+    why = "the same in every resample: these examples do not show how it varies"
+    none = {"differences": {"ensemble-map_temperature_scaled": {"nll": None, "nll_reason": why}}}
+    said = verdict(changed(run_files, standard_errors=none))[0]
+    assert said.endswith(f"; its standard error is not known – {why}.")
+
+
 def test_the_chains_verdict_is_repeated_with_its_reason(run_files: RunFiles) -> None:
     assert (
         verdict(run_files)[1]
@@ -74,6 +83,17 @@ def test_less_is_better_but_for_the_figures_of_which_more_is(run_files: RunFiles
 def test_no_baseline_is_the_strongest_of_none(run_files: RunFiles) -> None:
     assert strongest(run_files.metrics) == "map_temperature_scaled"
     assert strongest({"ensemble": run_files.metrics["ensemble"]}) is None
+
+
+def test_a_row_that_is_no_fair_baseline_is_the_strongest_only_of_its_like(
+    run_files: RunFiles,
+) -> None:
+    stuck = {**run_files.metrics["map_temperature_scaled"], "temperature_note": "at a bound"}
+    files = changed(run_files, map_temperature_scaled={**stuck, "nll": 0.1})
+    fair = strongest(files.metrics)
+    assert fair in ("map", "map_ensemble")
+    assert "temperature-scaled" not in verdict(files)[0]
+    assert strongest({"map_temperature_scaled": stuck}) == "map_temperature_scaled"
 
 
 def test_a_baseline_whose_temperature_stopped_at_a_bound_is_named(run_files: RunFiles) -> None:

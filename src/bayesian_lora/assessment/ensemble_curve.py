@@ -37,17 +37,18 @@ def cumulative(regression: bool, p: Predictions, chains: int = 1) -> Figures:
         ``difference_se``: the mean over examples of the first k's NLL less the whole's, in nats,
         and its standard error; and ``enough``:
 
-        - ``k``: the smallest whole draw's k of at most half of the whole from which on, up to the
-          half, the NLL differs from the whole's by no more than `ERRORS` standard errors of that
-          difference over examples (paired, so the harder of the two). The bootstrap's standard
-          error of a mean is σ/√N exactly (Efron & Tibshirani 1993, section 5.2), so none is drawn.
+        - ``judged``: j, the last whole draw's k of at most half of the whole's K.
+        - ``k``: the smallest whole draw's k from which on, up to j, the NLL differs from the
+          whole's by no more than `ERRORS` standard errors of that difference over examples (paired,
+          so the harder of the two). The bootstrap's standard error of a mean is σ/√N exactly (Efron
+          & Tibshirani 1993, section 5.2), so none is drawn.
         - ``k_within_nll_se``: the same with one ``nll_se``, the standard error of the whole's NLL
           itself: from there on more samples change it less than another test set would.
-        - ``still_to_gain``, ``still_to_gain_se``: NLL of the half less the whole's. Of independent
-          members the NLL of k exceeds that of infinitely many by about c/k, so the half is c/K
-          above the whole, and by as much the whole is above what more members would reach.
+        - ``still_to_gain``, ``still_to_gain_se``: NLL of the whole less that of infinitely many
+          members, as the first j tell it. Of independent members that of k is about c/k above, so
+          the first j are c(1/j − 1/K) above the whole; j/(K − j) times as much is c/K.
 
-        None with a reason where even the half is too far off. Beyond the half nothing is judged:
+        None with a reason where even the first j are too far off. Beyond j nothing is judged:
         such k share most of their members with the whole, so they come near it whatever is still
         to be gained. The order is that of the draws, so if the chains still move, early k say what
         early draws are worth.
@@ -112,7 +113,7 @@ def _se(values: Array) -> float:
 def _enough(ks: list[int], chains: int, found: Figures, nll_se: float, examples: int) -> Figures:
     if len(ks) == 1 or examples == 1:
         why = ONE if len(ks) == 1 else ONE_EXAMPLE
-        names = ("k", "k_within_nll_se", "nll_se", "still_to_gain", "still_to_gain_se")
+        names = ("judged", "k", "k_within_nll_se", "nll_se", "still_to_gain", "still_to_gain_se")
         return {**dict.fromkeys(names), "reason": why}
     half = [i for i, k in enumerate(ks) if 2 * k <= ks[-1]]
     # One draw a chain has no whole draws before the last: any of its members count.
@@ -122,9 +123,12 @@ def _enough(ks: list[int], chains: int, found: Figures, nll_se: float, examples:
     at = [ks[i] for i in judged]
     paired = _settled(at, gaps, [ERRORS * error for error in errors])
     alone = _settled(at, gaps, [nll_se] * len(at))
-    before = f"NLL of the first {at[-1]} of {ks[-1]} samples still differs by {gaps[-1]:+.2g}"
+    last, whole = at[-1], ks[-1]
+    ahead = last / (whole - last)
+    gain = {"still_to_gain": ahead * gaps[-1], "still_to_gain_se": ahead * errors[-1]}
+    before = f"NLL of the first {last} of {whole} samples still differs by {gaps[-1]:+.2g}"
     advice = (
-        "about as much is still to be gained: draw more"
+        f"of independent draws about {gain['still_to_gain']:.2g} is still to be gained: draw more"
         if gaps[-1] > 0
         else "the later samples are worse than the first: see whether the chains still move"
     )
@@ -132,13 +136,13 @@ def _enough(ks: list[int], chains: int, found: Figures, nll_se: float, examples:
         f"{before} from the whole's, more than {ERRORS:g} standard errors ({errors[-1]:.2g}) of "
         f"that; {advice}"
         if paired is None
-        else f"from {paired} samples on, up to half of the {ks[-1]}, NLL is within {ERRORS:g} "
-        "standard errors of the whole's, paired"
+        else f"from {paired} samples on, judged up to {last} of the {whole}, NLL is within "
+        f"{ERRORS:g} standard errors of the whole's, paired"
     )
     enough = {"k": paired, "reason": reason, "k_within_nll_se": alone, "nll_se": nll_se}
     if alone is None:
         enough["k_within_nll_se_reason"] = f"{before}, more than NLL's own standard error"
-    return {**enough, "still_to_gain": gaps[-1], "still_to_gain_se": errors[-1]}
+    return {**enough, "judged": last, **gain}
 
 
 def _settled(ks: list[int], gaps: list[float], errors: list[float]) -> int | None:

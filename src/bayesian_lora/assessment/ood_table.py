@@ -10,8 +10,11 @@ KINDS = {"scores": "posterior ensemble", "map": "MAP (mean)", "map_ensemble": "d
 """Of the models whose scores are compared: their key under ``ood``, and in words."""
 
 
-def ood_lines(m: Figures) -> list[str]:
-    """The figures of a set as lines for a person."""
+def ood_lines(m: Figures, *, sampled: bool) -> list[str]:
+    """The figures of a set as lines for a person.
+
+    Without sampling the members are the fits: there is no posterior but their deep ensemble.
+    """
     ood, ensemble = m["ood"], m["ensemble"]
     name, against = m["split"], ood["against"]
     lines = []
@@ -21,7 +24,8 @@ def ood_lines(m: Figures) -> list[str]:
         lines.append(f"Accuracy on {name} is not available: {ensemble['accuracy_reason']}")
     if ood["shared"]:
         lines.append(f"{ood['shared']} of the {ood['outside_n']} texts of {name} are in {against}")
-    columns = {title: ood[key] for key, title in KINDS.items()}
+    kinds = KINDS if sampled else {key: KINDS[key] for key in ("map_ensemble", "map")}
+    columns = {title: ood[key] for key, title in kinds.items()}
     columns["ensemble − MAP"] = ood["differences"]["ensemble-map"]
     for measure, words in (
         ("auroc", "AUROC (0.5 tells nothing)"),

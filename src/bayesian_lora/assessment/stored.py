@@ -37,7 +37,9 @@ def load_predictions(root: str | Path, split: str | None = None) -> Predictions:
     root = Path(root)
     figures, split = _figures(root, split)
     path = root / "predictions" / f"{split}.npz"
-    remedy = f"store it anew with '{_command(root, split)}'"
+    outside = figures.get("ood")
+    option = f"--ood {outside.get('set', split)}" if outside else f"--split {split}"
+    remedy = f"store it anew with 'bayesian-lora eval {root} {option}'"
     if not path.is_file():
         raise InputError(f"{path}: not there; {remedy}")
     arrays = read_npz(path)
@@ -78,7 +80,7 @@ def _figures(root: Path, split: str | None) -> tuple[dict[str, Any], str]:
         if not path.is_file():
             raise InputError(
                 f"{path}: not there, the run was not evaluated on {split!r}; evaluate first with "
-                f"'{_command(root, split)}'"
+                f"'bayesian-lora eval {root} --split {split}'"
             )
         figures = read_json(path, "metrics")
     name = split or figures.get("split")
@@ -88,10 +90,6 @@ def _figures(root: Path, split: str | None) -> tuple[dict[str, Any], str]:
             f"'bayesian-lora eval {root}'"
         )
     return figures, name
-
-
-def _command(root: Path, split: str) -> str:
-    return f"bayesian-lora eval {root} --split {split}"
 
 
 def _predictions(path: Path, arrays: dict[str, np.ndarray], remedy: str) -> Predictions:

@@ -139,9 +139,10 @@ def _trust_lines(m: Figures) -> list[str]:
     """What the ECE is worth, how well doubt finds mistakes, and how many samples are enough."""
     lines = []
     ensemble, errors = m["ensemble"], m.get("standard_errors") or {}
-    if errors.get("ensemble"):
+    own = errors.get("ensemble") or {}
+    if any(own.get(name) is not None for name in SHOWN):
         lines.append(f"± one standard error over the {m['n']} examples, by bootstrap")
-    elif reason := errors.get("ensemble_reason"):
+    elif reason := errors.get("ensemble_reason") or own.get("nll_reason"):
         lines.append(f"Standard errors are not available: {reason}")
     lines += [
         f"{title}: {m[row]['temperature_note']}"
@@ -170,13 +171,14 @@ def _trust_lines(m: Figures) -> list[str]:
 
 def _against_lines(m: Figures, errors: Figures) -> list[str]:
     """What sampling has brought: the ensemble's figures less those of the starts' simple baselines,
-    and of the strongest by NLL where that is of other fits.
+    and of the strongest fair one by NLL where that is of other fits.
     """
     if not _sampled(m):
         return []
     lines, ensemble, shown = [], m["ensemble"], _rows(m)
     simple = {r: nll for r in shown if r[:3] == "map" and (nll := _value(m, r, "nll")) is not None}
-    strongest = min(simple, key=simple.__getitem__)
+    fair = [row for row in simple if not m[row].get("temperature_note")]
+    strongest = min(fair or simple, key=simple.__getitem__, default=None)
     for row, title in shown.items():
         if row not in (*MAP_ROWS, strongest):
             continue

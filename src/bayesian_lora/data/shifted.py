@@ -37,7 +37,8 @@ Notify = Callable[[str], None]
 class Shifted:
     """A set for a task's model.
 
-    name: of the set, and of the files that its figures are stored under;
+    name: of the set, and of the files that its figures are stored under; file: where the set is a
+    file, its absolute path (two of them may have one name);
     examples: as many texts each as the task reads; labels (N,) of the task, or −1 (unknown);
     labelled: whether the labels are the task's classes in its order, so that accuracy means
     something; why: the reason where they are not, else "".
@@ -47,6 +48,7 @@ class Shifted:
     examples: Examples
     labelled: bool
     why: str = ""
+    file: Path | None = None
 
 
 def load_shifted(
@@ -76,7 +78,7 @@ def load_shifted(
         or _uci(task, name_or_path, data_dir)
         or _other_task(task, name_or_path, data_dir, notify)
     )
-    return found or _file(task, name_or_path)
+    return found or replace(_file(task, name_or_path), file=Path(name_or_path).resolve())
 
 
 def _own_split(task: TaskSpec, name: str, data_dir: Path | None, notify: Notify) -> Shifted | None:
@@ -203,7 +205,8 @@ def _file(task: TaskSpec, given: str) -> Shifted:
 def _file_name(task: TaskSpec, path: Path) -> str:
     """A file's name as that of a set, never one that a split or a known set has."""
     name = re.sub(r"[^\w.-]+", "_", path.stem)
-    taken = {*task.splits, UCI, *UCI_FILES, *TASKS}
+    parts = (f"{other.name}_{split}" for other in TASKS.values() for split in other.splits)
+    taken = {*task.splits, UCI, *UCI_FILES, *TASKS, *parts}
     return f"file_{name}" if name in taken else name
 
 

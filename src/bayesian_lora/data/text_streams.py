@@ -6,17 +6,21 @@ record is read, and its columns are checked, before anything is handed out.
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 from bayesian_lora.errors import InputError
 
 SUFFIXES = {".txt": "lines", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv"}
 KINDS = ("lines", "jsonl", "csv", "tsv")
 LONGEST_LINE = 16 * 2**20
-"""Bytes: what has no line ends must not fill the memory."""
+"""Bytes: what has no line ends must not fill the memory. Of a quoted field, which may have some,
+characters.
+"""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     if line.lstrip().startswith("["):
         raise InputError(f"{place}: a JSON list; write one object {{…}} a line (JSON lines)")
     try:
-        value = json.loads(line.rstrip("\r\n"), parse_constant=_no_json)
+        value = json.loads(line.rstrip("\r\n"), parse_constant=_finite, parse_float=_finite)
         if "\\u" in line:  # half of a surrogate pair, which JSON can write and no text can hold
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -149,8 +153,11 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     return value
 
 
-def _no_json(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+def _finite(text: str) -> float:
+    """What cannot be written again, NaN, infinity or too large for a float, is not read."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return value
 
 
 def _of_csv(
@@ -184,8 +191,14 @@ def _rows(
     start = 1
     while True:
         try:
-            row = next(reader, None)
+            with _long_fields():
+                row = next(reader, None)
         except csv.Error as error:
+            if "field larger" in str(error):
+                raise InputError(
+                    f"{name}:{start}: a field of more than {LONGEST_LINE >> 20} MiB, so hardly a "
+                    "text: close its quotes, or shorten it"
+                ) from error
             raise InputError(
                 f"{name}:{start}: malformed row ({error}): close the quotes of a field, and write "
                 "a quote inside it twice"
@@ -195,6 +208,16 @@ def _rows(
         if row:
             yield start, row
         start = reader.line_num + 1
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """csv's own limit, of 128 KiB, is the whole process's: raised for one row at a time."""
+    before = csv.field_size_limit(LONGEST_LINE)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def text_columns(found: Sequence[str], place: str, wanted: Wanted) -> tuple[str, ...]:

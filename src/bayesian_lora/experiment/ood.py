@@ -5,8 +5,9 @@ Shapes: K members, M warm starts, N examples.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from bayesian_lora.assessment import evaluation
 from bayesian_lora.assessment.ood_table import KINDS, ood_lines
 from bayesian_lora.assessment.stored import load_predictions
-from bayesian_lora.config import Config
+from bayesian_lora.config import MAP, Config
 from bayesian_lora.data.batching import TokenisedSet
 from bayesian_lora.data.examples import Examples
 from bayesian_lora.data.glue_datasets import load_split
@@ -112,12 +113,12 @@ def evaluate_ood(
     inside = _stored(root, sets.against, sets.inside)
     outside = _stored(root, sets.outside.name, sets.outside.examples) if own else None
     figures, outside = _figures(root, sets, inside, outside, progress)
-    figures["ood"] = {"set": name, **figures["ood"]}
+    figures["ood"] = {"set": str(sets.outside.file or name), **figures["ood"]}
     if not own:
         figures["cost"] = {"eval_s": round(time.monotonic() - began, 2)}
     called, usual = sets.outside.name, sets.task.default_split
     store_alone(root, partial(store_figures, root, called, usual, outside, figures), progress)
-    for line in ood_lines(figures):
+    for line in ood_lines(figures, sampled=sets.config.sampler.name != MAP):
         progress.say(line)
     return figures
 
@@ -142,11 +143,30 @@ def _sets(
     ask_hub_once(task, resolve_model(config.model.name), folder)
     if folder is None and name not in task.splits and not Path(name).is_file():
         offline_if_unreachable()  # another task's data would come from there
-    outside = load_shifted(task, name, folder, progress.say)
+    outside = _named(root, load_shifted(task, name, folder, progress.say), progress)
     against = split or task.default_split
     inside = load_split(task, against, data_dir=folder, notify=progress.say)
     shared = count_shared(name, outside.examples, inside, f"split {against} of {task.name}")
     return _Sets(config, task, folder, against, inside, outside, shared)
+
+
+def _named(root: Path, outside: Shifted, progress: Progress) -> Shifted:
+    """With a number after its name where that stands for another file: whose figures stay."""
+    if outside.file is None:
+        return outside
+    names = chain([outside.name], (f"{outside.name}_{i}" for i in count(2)))
+    name = next(name for name in names if _set_of(root, name) in (None, outside.file))
+    if name != outside.name:
+        progress.say(f"{outside.file} is stored as {name}: {outside.name} is another file's")
+    return replace(outside, name=name)
+
+
+def _set_of(root: Path, name: str) -> Path | None:
+    """The file whose figures stand under a name; None where there are none to be read."""
+    try:
+        return Path(read_json(root / f"metrics.{name}.json", "metrics")["ood"]["set"]).resolve()
+    except (InputError, LookupError, TypeError):
+        return None
 
 
 def count_shared(name: str, outside: Examples, inside: Examples, where: str) -> int:

@@ -22,6 +22,7 @@ from bayesian_lora.scores.array_checks import Array
 
 MIN_ROWS = 25  # the least of which five windows of √n rows can be made
 LEAST_WINDOWS = 5  # as many of the widest windows must fit one after the other
+ENOUGH_WINDOWS = 10  # fewer are so noisy that those found wide enough are so by luck
 LENGTHS = 5.0  # autocorrelation times a window must span: the rest biases the variance by a tenth
 CONSTANT = 1e-15  # a deviation from which on a trace varies
 DISAGREE = 1e-3  # level at which chains' means are said to differ by more than their own errors
@@ -51,9 +52,11 @@ class OnlineBatchMeans:
     (Meketon & Schmeiser 1984; Flegal & Jones 2010), mcse = √(σ²/n) and ess = n·variance/σ².
 
     b starts at √n and doubles until it spans 5 autocorrelation times σ²/variance as estimated with
-    it (Sokal's 1997 self-consistent window), or n/5. In the latter case the chain is slower than n
-    rows can show, and a note says that its ess is at most about what is given. Above
-    `max_batches`² rows, b is no less than one sub-batch.
+    it (Sokal's 1997 self-consistent window), or n/5. If no b suffices, or only one above n/10, the
+    rows are too few to show how slow the chain is, and a note says that its ess is at most about
+    what is given. Without a note it is about a tenth too high where b just suffices (simulated,
+    AR(1)), and more where luck alone spares a quantity the note. Above `max_batches`² rows, b is no
+    less than one sub-batch.
 
     Pooled over chains, ess = (variance within + variance of the chains' means)/mcse². The mcse is
     that of independent chains, unless their means differ by more than it allows (an F test at level
@@ -197,6 +200,7 @@ class OnlineBatchMeans:
             sigma = join(squares) * k * w * a / ((k - w) * (k - w + 1))
             run.sigma[run.slow], run.windows[run.slow] = sigma[run.slow], k / w
             run.slow &= LENGTHS * sigma > w * a * variance
+        run.slow |= run.windows < ENOUGH_WINDOWS
         # As in Stan, an ess above n log₁₀ n is not believed.
         run.sigma = np.maximum(run.sigma, variance / np.log10(self.count))
         return run
@@ -227,13 +231,13 @@ class OnlineBatchMeans:
         self.bad = np.array(state["bad"], dtype=np.int64)
 
 
-_SLOW = "the chain is slower than these rows can show: the ess is at most about this"
+_SLOW = "the rows are too few to show how slow the chain is: the ess is at most about this"
 _APART = "the chains' means differ by more than their own errors: the ess is that of separate modes"
 
 
 @dataclass
 class _LongRun:
-    """σ², how many windows fit one after the other, and where no window was wide enough."""
+    """σ², how many windows fit one after the other, and where none or too few were wide enough."""
 
     sigma: Array
     windows: Array

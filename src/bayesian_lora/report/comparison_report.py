@@ -1,6 +1,6 @@
 """The report of a comparison: its table, each cell beside its baselines, and what it cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,7 @@ def _short(found: Compared) -> Section:
         why = "no cell that sampled is finished and evaluated"
         return Section(title, "short", [Missing("Summary", why)])
     blocks: list[Block] = []
-    alike = len({found.cells[c].metrics.get("task") for c in order}) == 1
-    if alike and len(order) > 1:
+    if len(order) > 1 and _same_examples(found.cells[c] for c in order):
         best = found.cells[order[0]]
         lead, error = figure(best.metrics["ensemble"], "nll"), standard_error(best, *LED_BY)
         shown = with_error(lead, error, AGAIN).text
@@ -98,7 +97,7 @@ def _short(found: Compared) -> Section:
         f"higher one, and {ways.count(0)} cannot be told from it"
     )
     if len(known) < len(order):
-        words += f"; of {len(order) - len(known)} no standard error is known: {AGAIN}"
+        words += f"; of {len(order) - len(known)} no standard error is known: see 'Cell by cell'"
     return Section(title, "short", [*blocks, Text(f"{words}.", "answer")])
 
 
@@ -152,8 +151,10 @@ def forest_chart(cells: Mapping[str, RunFiles], name: str) -> Chart:
             rung = (place - (len(KINDS) - 1) / 2) * APART
             points = list(known.values()), [list(cells).index(c) + rung for c in known]
             series.append(Series(title, *points, "points", place, place, errors, "x"))
-    best = figure_order(cells, name)[0]
-    lead = figure(cells[best].metrics["ensemble"], name)
+    order, said = figure_order(cells, name), f"{NAMES[name]} of {len(cells)} cells"
+    if _same_examples(cells[c] for c in order):
+        lead = figure(cells[order[0]].metrics["ensemble"], name)
+        said += f"; the best posterior ensemble is {order[0]}'s, {lead:.4f}"
     rows = []
     for c, files in cells.items():
         found = [
@@ -165,8 +166,7 @@ def forest_chart(cells: Mapping[str, RunFiles], name: str) -> Chart:
     return chart(
         series,
         [Panel(f"{NAMES[name]} ({way})", "", y_names=list(cells))],
-        text=f"{NAMES[name]} of {len(cells)} cells; the best posterior ensemble is {best}'s, "
-        f"{lead:.4f}.",
+        text=f"{said}.",
         caption=f"{NAMES[name]} of each cell; bars are one standard error over examples.",
         numbers=Table(f"{NAMES[name]} by cell", ["Cell", *KINDS.values()], rows),
         panel_height=max(130, 56 * len(cells)),
@@ -181,15 +181,24 @@ def figure_order(cells: Mapping[str, RunFiles], name: str) -> list[str]:
     return sorted(known, key=lambda c: known[c], reverse=name not in ("nll", "ece"))
 
 
+def _same_examples(cells: Iterable[RunFiles]) -> bool:
+    """Whether figures of the cells compare: of one task, split and number of examples."""
+    return len({tuple(f.metrics.get(n) for n in ("task", "split", "n")) for f in cells}) == 1
+
+
 def _errors(cells: Mapping[str, RunFiles], names: Sequence[str]) -> Block:
-    """Cells without standard errors, said once."""
+    """Cells without standard errors, said once; else what the bars say of differences."""
     bare = [c for c, f in cells.items() if standard_error(f, "ensemble", names[0]) is None]
-    if not bare:
+    if bare:
+        return Missing(f"Standard errors of {listed(bare)}", AGAIN)
+    if not _same_examples(cells.values()):
         return Text(
-            "The cells answered the same examples, so differences between them are surer than the "
-            "bars alone show."
+            "The cells did not answer the same examples: compare each with its own baselines alone."
         )
-    return Missing(f"Standard errors of {listed(bare)}", AGAIN)
+    return Text(
+        "The cells answered the same examples, so differences between them are surer than the "
+        "bars alone show."
+    )
 
 
 def _words(found: Compared) -> Section:

@@ -226,10 +226,11 @@ def cumulative(files: RunFiles) -> Section:
     enough = found.get("enough") or {}
     words = f"{enough['k']} samples are enough" if enough.get("k") else "Not settled"
     said = f"{words}: {enough['reason']}." if enough.get("reason") else f"{words}."
-    if (gain := enough.get("still_to_gain") or 0.0) > 0:
+    # Older evaluations do not say how many were judged, and claim up to twice the gain.
+    if (judged := enough.get("judged")) and (gain := enough["still_to_gain"]) > 0:
         change = f"{signed(-gain, 4)} ± {number(enough['still_to_gain_se'])}"
-        said += f" From half of them to all, NLL changed by {change}: of independent draws about "
-        said += "as much is still to be had from more."
+        said += f" Going by the first {judged} of the {found['k'][-1]}, more draws would change "
+        said += f"NLL by about {change} in the end, if all are independent."
     last = ", ".join(f"{titles[n]} {_last(found[n]):.4f}" for n in names)
     return Section(
         title,

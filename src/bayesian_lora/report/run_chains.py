@@ -25,7 +25,7 @@ PREFIXES = 12
 TABLE_ROWS = 15
 COLUMNS = {
     **{"rhat": "R-hat", "ess_bulk": "Bulk ESS", "ess_tail": "Tail ESS", "mcse": "MCSE"},
-    **{"mean": "Mean", "sd": "Sd"},
+    **{"mean": "Mean", "sd": "Sd", "start_dispersion": "Dispersion of the starts"},
 }
 
 MILESTONE = {
@@ -92,9 +92,11 @@ def trace_chart(traces: Arrays, numbers: Sequence[int]) -> Chart:
             points = at, x[i, at].tolist()
             shown = {"panel": place, "legend": place == 0}
             series.append(Series(f"chain {chain}", *points, "line", i, i // 7, **shown))
-            found = [float(f(x[i])) for f in (np.mean, np.std)]
-            ends = [float(x[i, 0]), float(x[i, -1])]
-            rows.append([cell(f"{name}, chain {chain}"), *(_plain(v) for v in (*found, *ends))])
+            with np.errstate(invalid="ignore"):  # of a chain that is not finite
+                found = [float(f(x[i])) for f in (np.mean, np.std)]
+            found += [float(x[i, 0]), float(x[i, -1])]
+            cells = [_plain(v, "the trace is not finite") for v in found]
+            rows.append([cell(f"{name}, chain {chain}"), *cells])
     return chart(
         series,
         panels,
@@ -115,7 +117,9 @@ def _thinned(traces: Arrays) -> str:
 
 def _plain(value: float | None, reason: str = "") -> Cell:
     """Quantities are of any size: four significant digits."""
-    return cell(None, reason=reason) if value is None else Cell(f"{value:.4g}")
+    if value is None or not np.isfinite(value):
+        return cell(None, reason=reason)
+    return Cell(f"{value:.4g}")
 
 
 def rank_counts(x: np.ndarray) -> np.ndarray:
@@ -133,8 +137,11 @@ def rank_counts(x: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=bins) for row in place])
 
 
-def rank_chart(name: str, x: np.ndarray, numbers: Sequence[int]) -> Chart:
+def rank_chart(name: str, x: np.ndarray, numbers: Sequence[int]) -> Block:
     """A histogram a chain of its ranks among all draws."""
+    if bad := int((~np.isfinite(x)).sum()):
+        why = f"{bad} of {x.size} values are not finite, and have no rank"
+        return Missing(f"Rank plot of {name}", why)
     counts = rank_counts(x)
     chains, bins = counts.shape
     even = x.shape[1] / bins
@@ -238,8 +245,8 @@ def _key_figures(found: Figures) -> Table:
 
     names = {
         **{"rhat_max": "Largest R-hat", "ess_bulk_min": "Least bulk ESS"},
-        **{"ess_tail_min": "Least tail ESS", "start_dispersion": "Dispersion of the starts"},
-        "t_eff": "Effective temperature",
+        **{"ess_tail_min": "Least tail ESS", "t_eff": "Effective temperature"},
+        "start_dispersion": "Dispersion of the starts, median",
     }
     aims = {
         "rhat_max": f"at most {diagnostics.RHAT_LIMIT:g}",
@@ -256,6 +263,8 @@ def _key_figures(found: Figures) -> Table:
 
 
 def _quantities(quantities: Figures) -> Block:
+    from bayesian_lora import diagnostics
+
     if not quantities:
         return Missing("Diagnostics by quantity", "none are in metrics.json")
 
@@ -275,7 +284,9 @@ def _quantities(quantities: Figures) -> Block:
         note="Rank-normalised split R-hat and effective sample sizes of all chains together "
         "(Vehtari et al. 2021). probe_…: on single fixed examples; log_posterior: "
         "on a fixed part of the training set; delta_w_…: size and fixed random projections of the "
-        f"adapters' ΔW. Raw parameters ({RAW}…]) are shown without being judged.",
+        f"adapters' ΔW. Raw parameters ({RAW}…]) are shown without being judged. Dispersion of the "
+        "starts: their sd in within-chain sd; where it is below "
+        f"{diagnostics.DISPERSION_LIMIT:g}, R-hat says less.",
     )
 
 

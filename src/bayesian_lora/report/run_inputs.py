@@ -41,20 +41,22 @@ class Texts:
 def shifted(files: RunFiles) -> Section:
     """Other sets and splits: can the uncertainty tell them from the task's own?"""
     title = "In and out of distribution"
+    # Figures whose predictions are not the run's may be those of members it has no longer.
+    others = {n: f for n, f in files.others.items() if f"predictions of {n}" not in files.missing}
     blocks: list[Block] = []
     for name, found in files.others.items():
-        if isinstance(found.get("ood"), Mapping):
+        if name not in others:
+            blocks.append(Missing(name, files.missing[f"predictions of {name}"]))
+        elif isinstance(found.get("ood"), Mapping):
             blocks += _scores(name, found["ood"], files.sampled)
             if found["ood"].get("labelled") is False:
                 why = (found.get("ensemble") or {}).get("accuracy_reason")
                 blocks.append(Missing(f"Accuracy on {name}", str(why or "other labels")))
-    sets = {n: f for n, f in files.others.items() if n in files.predictions}
+    sets = {n: f for n, f in others.items() if n in files.predictions}
     own = files.predictions.get(files.split)
     if own is not None and sets and not files.regression:
         blocks.append(entropy_chart(files.split, own, {n: files.predictions[n] for n in sets}))
-    labelled = {
-        n: f for n, f in files.others.items() if figure(f.get("ensemble"), "nll") is not None
-    }
+    labelled = {n: f for n, f in others.items() if figure(f.get("ensemble"), "nll") is not None}
     if labelled:
         blocks.append(_splits(files, labelled))
     if not blocks:

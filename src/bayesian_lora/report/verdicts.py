@@ -73,7 +73,7 @@ def verdict(files: RunFiles) -> list[str]:
     against = f"the strongest simple baseline, {titles_of(m)[best]} (NLL {theirs:.4f})"
     words = f"The posterior ensemble's NLL is {own:.4f}, {shown} against {against}"
     if error is None:
-        return [f"{words}; its standard error was not computed, so {AGAIN}.", _chains(m)]
+        return [f"{words}; its standard error {_unknown(m, best)}.", _chains(m)]
     words += f", with a standard error of {number(error)}"
     if abs(gap) <= CLEAR * error:
         answer = "Not shown to be worth it"
@@ -84,9 +84,17 @@ def verdict(files: RunFiles) -> list[str]:
 
 
 def strongest(m: Figures) -> str | None:
-    """The baseline of the lowest NLL."""
+    """The baseline of the lowest NLL; one that is no fair baseline only where there is no other."""
     known = {b: x for b in BASELINES if (x := figure(m.get(b), "nll")) is not None}
-    return min(known, key=lambda name: known[name]) if known else None
+    fair = [b for b in known if not m[b].get("temperature_note")]
+    return min(fair or known, key=lambda name: known[name], default=None)
+
+
+def _unknown(m: Figures, baseline: str) -> str:
+    """Why the difference from a baseline has no standard error, as far as it is recorded."""
+    found = (m.get("standard_errors") or {}).get("differences") or {}
+    reason = (found.get(f"ensemble-{baseline}") or {}).get("nll_reason")
+    return f"is not known – {reason}" if reason else f"was not computed, so {AGAIN}"
 
 
 def _otherwise(files: RunFiles, baseline: str) -> str:
