@@ -73,6 +73,22 @@ def test_standard_input_is_a_text_a_line(saved: Path, call: Any) -> None:
     assert call(saved, stdin=b"") == (0, "", "The input holds no text, so there is no answer.\n")
 
 
+def test_a_dash_is_standard_input_and_no_text(saved: Path, call: Any) -> None:
+    status, out, err = call(saved, "-", "--no-text", stdin=b"one\ntwo\n")
+    assert (status, out, err) == call(saved, "--no-text", stdin=b"one\ntwo\n")
+    assert len(rows(out)) == 2
+    status, out, _ = call(saved, "-", "--input-format", "csv", stdin=b"text\none\n")
+    assert (status, len(rows(out))) == (0, 1)
+
+
+def test_a_file_is_no_text(saved: Path, call: Any, tmp_path: Path) -> None:
+    """Answered as a text, its name would get a label like any other."""
+    path = tmp_path / "reviews.csv"
+    assert call(saved, path)[0] == 0, "it does not exist"
+    path.write_text("text\none\n")
+    assert refused(call(saved, path), f"{path} is a file, not a text: read it with --input {path}")
+
+
 def test_csv_in_csv_out(saved: Path, call: Any, tmp_path: Path) -> None:
     wanted = ['a "good" one, with food', "two\nlines", ""]
     source, out = tmp_path / "in.csv", tmp_path / "new" / "out.csv"

@@ -38,7 +38,7 @@ BROKEN_PIPE = 141
 
 TextsHelp = (
     "Texts, each an argument; of a task on two texts, one pair after the other. Without any, "
-    "--input is read. A text that begins with - comes after --."
+    "or with - alone, --input is read. A text that begins with - comes after --."
 )
 InputHelp = "A file: .txt, .jsonl, .csv or .tsv; - or nothing is standard input."
 InputFormatHelp = "lines, jsonl, csv or tsv, where the file's name does not tell; lines by default."
@@ -93,6 +93,8 @@ def predict(
     an answer without label, so that the lines still match. A damaged line ends the command and is
     named; the answers before it stay.
     """
+    if texts == ["-"] and source is None:
+        texts = context.params["texts"] = None
     _refuse_idle(context)
     _bound_caches()
     if source is not None and texts:

@@ -40,6 +40,8 @@ def open_texts(
 
 
 def _given(texts: Sequence[str], wanted: Wanted) -> Iterator[Record]:
+    if files := [x for x in texts if Path(x).suffix.lower() in SUFFIXES and Path(x).is_file()]:
+        raise InputError(f"{files[0]} is a file, not a text: read it with --input {files[0]}")
     width = wanted.width or 1
     if len(texts) % width:
         raise InputError(
