@@ -17,7 +17,7 @@ Runs = Mapping[str, Sequence[Figures]]
 
 LAST, EARLY, DEEP = "map_last", "map_early_stopped", "map_ensemble"
 SCALED, SCALED_LAST = "map_temperature_scaled", "map_last_temperature_scaled"
-ENSEMBLE = "ensemble"
+ENSEMBLE, OWN_SCALED = "ensemble", "ensemble_temperature_scaled"
 BASELINES = {
     "MAP, last epoch": LAST,
     "MAP, early-stopped": EARLY,
@@ -116,22 +116,24 @@ def _number(tree: Any, *keys: str) -> float | None:
 
 
 def table(runs: Runs) -> list[str]:
-    """Markdown: the baselines, all of the first sampler's runs, then a row a sampler."""
+    """Markdown: the baselines, all of the first sampler's runs, then two rows a sampler."""
     first = next(iter(runs.values()))
     own = [n for n in METRICS if any(_value(m, ENSEMBLE, n)[0] is not None for m in first)]
     titles = [METRICS[n] for n in own]
     expected = "ECE if calibrated"
     head = ["", *titles, expected, "Brier", "R-hat", "ESS", "T_eff", "chains", "seconds"]
     lines = [_row(head), "|---" * len(head) + "|"]
+
+    def line(title: str, of: Sequence[Figures], key: str, further: Sequence[str]) -> str:
+        cells = [str(figure(of, key, name)) for name in own]
+        return _row([title, *cells, _expected(of, key), str(figure(of, key, "brier")), *further])
+
     for title, key in BASELINES.items():
-        cells = [str(figure(first, key, name)) for name in own]
-        calibrated = _expected(first, key)
-        brier, seconds = str(figure(first, key, "brier")), _seconds(first, ("train_s",))
-        lines.append(_row([title, *cells, calibrated, brier, *[""] * 4, seconds]))
+        lines.append(line(title, first, key, [*[""] * 4, _seconds(first, ("train_s",))]))
     for sampler, of in runs.items():
-        cells = [str(figure(of, ENSEMBLE, name)) for name in own]
-        calibrated, brier = _expected(of, ENSEMBLE), str(figure(of, ENSEMBLE, "brier"))
-        lines.append(_row([sampler, *cells, calibrated, brier, *_chains(of), _sampled(first, of)]))
+        seconds = _sampled(first, of)
+        lines.append(line(sampler, of, ENSEMBLE, [*_chains(of), seconds]))
+        lines.append(line(f"{sampler}, temperature-scaled", of, OWN_SCALED, [*[""] * 4, seconds]))
     return lines
 
 

@@ -13,7 +13,7 @@ from scipy.stats import norm
 from sklearn.metrics import log_loss, matthews_corrcoef
 
 from bayesian_lora.assessment import evaluation
-from bayesian_lora.assessment.run_rows import Fits, Given, rows
+from bayesian_lora.assessment.run_rows import Given, Predicted, rows
 from bayesian_lora.metrics import uncertainty_per_example
 from bayesian_lora.predict import Predictions
 
@@ -33,7 +33,8 @@ def temperature_scaled(
     own: tuple[str, ...], regression: bool, p: Predictions, held_out: Predictions | None
 ) -> dict[str, Any]:
     """The row of fits that predict `p`."""
-    given = Given(own, regression, p, np.arange(p.num_members), Fits(p, held_out))
+    fits = Predicted(p, held_out)
+    given = Given(own, regression, fits, np.arange(p.num_members), fits)
     return rows(given)["map_temperature_scaled"]
 
 

@@ -12,7 +12,14 @@ import pytest
 
 from bayesian_lora import diagnostics
 from bayesian_lora.assessment import evaluation
-from bayesian_lora.assessment.run_rows import MAP_ROWS, MOST, Fits, Given, rows
+from bayesian_lora.assessment.run_rows import (
+    ENSEMBLE_SCALED,
+    MAP_ROWS,
+    MOST,
+    Given,
+    Predicted,
+    rows,
+)
 from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.predict import Predictions
 from bayesian_lora.scores import calibration
@@ -29,10 +36,11 @@ DEEP_SCALED = tuple(f"{name}_temperature_scaled" for name in DEEP)
 
 def given(regression: bool = False, **changes: Any) -> Given:
     make = gaussians if regression else classifiers
-    early = Fits(make(M, N, seed=1), make(M, 60, seed=2))
-    last = Fits(make(M, N, seed=3), make(M, 60, seed=4))
+    early = Predicted(make(M, N, seed=1), make(M, 60, seed=2))
+    last = Predicted(make(M, N, seed=3), make(M, 60, seed=4))
     own = ("pearson",) if regression else ("accuracy", "mcc")
-    parts = {"members": make(K, N, seed=5), "chains": np.arange(K) % M, "starts": early}
+    members = Predicted(make(K, N, seed=5), make(K, 60, seed=6))
+    parts = {"members": members, "chains": np.arange(K) % M, "starts": early}
     parts |= {"others": {"last": last, "early_stopped": early}}
     return Given(own, regression, **{**parts, **changes})
 
@@ -41,7 +49,7 @@ def given(regression: bool = False, **changes: Any) -> Given:
 def test_every_row_has_every_figure(regression: bool) -> None:
     found = rows(given(regression))
     names = {*SCORES, "pearson"} if regression else {*CLASSES, *PARTS, "mcc", "expected_ece"}
-    scaled = () if regression else (*SCALED, *DEEP_SCALED)
+    scaled = () if regression else (*SCALED, *DEEP_SCALED, ENSEMBLE_SCALED)
     for row in (*FITS, *DEEP, *scaled, "single", "ensemble"):
         assert names - {"expected_ece"} <= found[row].keys(), row
         assert row == "single" or names <= found[row].keys()
@@ -66,7 +74,7 @@ def test_rows_are_means_over_fits_and_mixtures(regression: bool) -> None:
     last = g.others["last"].on
     for row, p in (
         *(("map_ensemble", g.starts.on), ("map_last_ensemble", last)),
-        ("ensemble", g.members),
+        ("ensemble", g.members.on),
     ):
         wanted = evaluation.evaluate_in_full(g.own, regression, p)
         assert {n: found[row][n] for n in wanted} == wanted
@@ -81,7 +89,7 @@ def test_the_starts_are_one_of_the_kinds() -> None:
     assert errors["map_early_stopped"] == errors["map"]
     paired = errors["differences"]
     assert paired["ensemble-map_early_stopped"] == paired["ensemble-map"]
-    assert set(paired) == {f"ensemble-{row}" for row in MAP_ROWS}
+    assert set(paired) == {f"{own}-{r}" for own in ("ensemble", ENSEMBLE_SCALED) for r in MAP_ROWS}
     assert set(MAP_ROWS) == {*FITS, *SCALED, *DEEP, *DEEP_SCALED}
 
 
@@ -106,10 +114,11 @@ def test_each_kind_is_scaled_on_its_own_held_out_predictions() -> None:
     assert first != second
 
 
-def test_a_deep_ensemble_is_scaled_by_one_temperature_of_its_held_out_mixture() -> None:
+def test_an_ensemble_is_scaled_by_one_temperature_of_its_held_out_mixture() -> None:
     g = given()
     found = rows(g)
-    for row, fits in zip(DEEP_SCALED[:2], (g.starts, g.others["last"]), strict=True):
+    mixtures = (*DEEP_SCALED[:2], ENSEMBLE_SCALED)
+    for row, fits in zip(mixtures, (g.starts, g.others["last"], g.members), strict=True):
         assert fits.held_out is not None
         losses = {}
         for t in np.linspace(0.5, 4, 701):
@@ -130,14 +139,16 @@ def test_a_deep_ensemble_is_scaled_by_one_temperature_of_its_held_out_mixture() 
 def test_what_cannot_be_scaled_says_why_in_rows_and_errors(regression: bool) -> None:
     g = given(regression)
     if not regression:
-        g = dataclasses.replace(g, starts=Fits(g.starts.on, None), others={}, reason="too old")
+        nothing = {name: Predicted(getattr(g, name).on, None) for name in ("starts", "members")}
+        g = dataclasses.replace(g, **nothing, others={}, reason="too old")
     found = rows(g)
     part = "Gaussian" if regression else "data.validation_share"
     errors = found["standard_errors"]
-    for row in ("map_temperature_scaled", "map_ensemble_temperature_scaled"):
+    for row in ("map_temperature_scaled", "map_ensemble_temperature_scaled", ENSEMBLE_SCALED):
         assert part in found[row]["reason"]
         assert part in errors[f"{row}_reason"]
-        assert errors["differences"][f"ensemble-{row}"] is None
+        pair = f"{row}-map" if row == ENSEMBLE_SCALED else f"ensemble-{row}"
+        assert errors["differences"][pair] is None
     assert nulls_without_reason(found) == []
     if not regression:
         for row in (x for forms in (FITS, SCALED, DEEP, DEEP_SCALED) for x in forms[1:]):
@@ -148,25 +159,22 @@ def test_what_cannot_be_scaled_says_why_in_rows_and_errors(regression: bool) -> 
 def test_single_draws_have_the_monte_carlo_error_of_their_chains() -> None:
     g = given()
     found = rows(g)["single"]
-    nll = [row["nll"] for row in evaluation.evaluate_members((), False, g.members)]
+    nll = [row["nll"] for row in evaluation.evaluate_members((), False, g.members.on)]
     trace = np.array(nll).reshape(DRAWS, M).T
     assert found["nll"]["mcse"] == diagnostics.mcse_mean(trace).value
     assert found["nll"]["sd"] == pytest.approx(np.std(nll, ddof=1))
-    few = classifiers(4, N)
+    few = Predicted(classifiers(4, N), None)
     short = rows(dataclasses.replace(g, members=few, chains=np.array([0, 1, 0, 1])))["single"]
     assert short["nll"]["mcse"] is None
     assert "at least 4" in short["nll"]["mcse_reason"]
 
 
 def test_chains_of_unequal_length_give_their_first_draws() -> None:
-    g = given(members=classifiers(K + 1, N), chains=np.arange(K + 1) % M)
+    g = given(members=Predicted(classifiers(K + 1, N), None), chains=np.arange(K + 1) % M)
     longer = rows(g)["single"]["nll"]
-    assert (
-        longer["mcse"]
-        == rows(dataclasses.replace(g, members=first_of(g.members, K), chains=g.chains[:K]))[
-            "single"
-        ]["nll"]["mcse"]
-    )
+    fewer = Predicted(first_of(g.members.on, K), None)
+    shorter = rows(dataclasses.replace(g, members=fewer, chains=g.chains[:K]))["single"]["nll"]
+    assert longer["mcse"] == shorter["mcse"]
 
 
 def first_of(p: Predictions, k: int) -> Predictions:
@@ -175,7 +183,7 @@ def first_of(p: Predictions, k: int) -> Predictions:
 
 def test_what_was_left_out_of_some_inputs_has_no_single_figures() -> None:
     part = dataclasses.replace(classifiers(K, N), members_used=np.full(N, K - 1))
-    found = rows(given(members=part))
+    found = rows(given(members=Predicted(part, None)))
     assert found["single"]["nll"]["mean"] is found["single"]["nll"]["mcse"] is None
     assert found["single"]["nll"]["reason"] == evaluation.LEFT_OUT
     assert found["standard_errors"]["single"] is None
@@ -187,7 +195,7 @@ def test_what_was_left_out_of_some_inputs_has_no_single_figures() -> None:
 def test_a_figure_that_a_member_lacks_has_no_monte_carlo_error() -> None:
     p = classifiers(K, N)
     p.logits[3] = [2.0, 0.0]
-    mcc = rows(given(members=p))["single"]["mcc"]
+    mcc = rows(given(members=Predicted(p, None)))["single"]["mcc"]
     assert mcc["mean"] is mcc["sd"] is mcc["mcse"] is None
     assert "constant" in mcc["reason"]
 
@@ -195,7 +203,7 @@ def test_a_figure_that_a_member_lacks_has_no_monte_carlo_error() -> None:
 def test_the_calibrated_error_of_a_row_is_of_its_own_probabilities() -> None:
     g = given()
     found = rows(g)
-    wanted = calibration.expected_ece(g.members.probs, np.random.default_rng(3))
+    wanted = calibration.expected_ece(g.members.on.probs, np.random.default_rng(3))
     assert found["ensemble"]["expected_ece"] == pytest.approx(wanted["mean"], abs=wanted["sd"] / 4)
     each = [
         calibration.expected_ece(one.probs, np.random.default_rng(3))["mean"]
@@ -206,17 +214,19 @@ def test_the_calibrated_error_of_a_row_is_of_its_own_probabilities() -> None:
 
 def test_where_nothing_was_sampled_the_ensemble_is_the_fits() -> None:
     g = given()
-    found = rows(dataclasses.replace(g, members=g.starts.on, chains=np.arange(M)))
+    found = rows(dataclasses.replace(g, members=g.starts, chains=np.arange(M)))
     ensemble = {name: x for name, x in found["ensemble"].items() if name != "k"}
     assert ensemble == found["map_ensemble"]
+    assert found[ENSEMBLE_SCALED] == found["map_ensemble_temperature_scaled"]
     gap = found["standard_errors"]["differences"]["ensemble-map_ensemble"]
     assert gap["nll"] is None
     assert gap["nll_reason"]
 
 
 def test_of_many_members_some_stand_for_the_error_of_all() -> None:
-    many = given(members=classifiers(3 * MOST, N), chains=np.arange(3 * MOST) % M)
+    members = Predicted(classifiers(3 * MOST, N), None)
+    many = given(members=members, chains=np.arange(3 * MOST) % M)
     error = rows(many)["standard_errors"]["single"]["nll"]
-    each = evaluation.alone(many.members)
+    each = evaluation.alone(many.members.on)
     loss = np.mean([-np.log(p.probs[np.arange(N), p.labels]) for p in each], axis=0)
     assert error == pytest.approx(loss.std() / np.sqrt(N), rel=0.2)

@@ -11,7 +11,7 @@ import pytest
 
 from bayesian_lora.assessment import diagrams, evaluation, summary
 from bayesian_lora.assessment.ensemble_curve import cumulative
-from bayesian_lora.assessment.run_rows import MAP_ROWS, Fits, Given, rows
+from bayesian_lora.assessment.run_rows import ENSEMBLE_SCALED, MAP_ROWS, Given, Predicted, rows
 
 from .predictors import classifiers, gaussians
 
@@ -21,13 +21,15 @@ M, K, N = 2, 8, 150
 def metrics(regression: bool = False, n: int = N, **changes: Any) -> dict[str, Any]:
     """The contents of `metrics.json` that are shown below its head."""
     make = gaussians if regression else classifiers
-    starts, other = (Fits(make(M, n, seed=s), make(M, 60, seed=s)) for s in (1, 2))
-    members = make(K, n, seed=3)
+    starts, other = (Predicted(make(M, n, seed=s), make(M, 60, seed=s)) for s in (1, 2))
+    members, held_out = make(K, n, seed=3), make(K, 60, seed=3)
     own = ("pearson",) if regression else ("accuracy",)
     kinds = {"last": other, "early_stopped": starts}
     return {
         "n": n,
-        **rows(Given(own, regression, members, np.arange(K) % M, starts, kinds)),
+        **rows(
+            Given(own, regression, Predicted(members, held_out), np.arange(K) % M, starts, kinds)
+        ),
         "uncertainty": evaluation.uncertainty(regression, members),
         "calibration": diagrams.calibration_figures(regression, starts.on, members),
         "selective": diagrams.selective_figures(regression, starts.on, members),
@@ -86,8 +88,8 @@ def test_figures_without_an_error_stand_alone_and_one_missing_is_told() -> None:
     older = metrics()
     del older["standard_errors"], older["calibration"], older["selective"], older["cumulative"]
     older["ensemble"].pop("aurc")
-    del older["map_ensemble_temperature_scaled"]
-    assert not any(title == "MAP ensemble, scaled" for title in cells(older))
+    del older["map_ensemble_temperature_scaled"], older[ENSEMBLE_SCALED]
+    assert not any("ensemble, scaled" in title for title in cells(older))
     assert cells(older).keys() >= {"MAP (mean of warm starts)", "posterior ensemble of 8"}
     closing = "\n".join(summary.closing_lines(older))
     assert "Enough" not in closing
@@ -132,7 +134,7 @@ def test_a_regression_is_shown_without_what_classes_need() -> None:
 def test_large_errors_keep_their_width() -> None:
     m = metrics()
     m["standard_errors"]["ensemble"]["nll"] = 12.3456
-    assert "± 12.3" in summary.table_lines(m)[-1]
+    assert "± 12.3" in summary.table_lines(m)[-2]
 
 
 @pytest.mark.parametrize("regression", [False, True])
@@ -154,6 +156,23 @@ def test_the_ensemble_is_compared_with_the_simple_baselines(regression: bool) ->
     assert not any(
         "Ensemble less" in x for x in summary.closing_lines(m | {"sampler": {"name": "map"}})
     )
+
+
+def test_the_ensemble_with_a_temperature_of_its_own_is_held_against_the_strongest_baseline() -> (
+    None
+):
+    m = metrics()
+    assert "posterior ensemble, scaled" in cells(m)
+    m["map"]["nll"]["mean"] = 0.01
+    m["standard_errors"]["differences"]["ensemble_temperature_scaled-map"]["nll"] = 0.0123
+    lines = [x for x in summary.closing_lines(m) if x.startswith("Ensemble, scaled")]
+    assert len(lines) == 1
+    assert lines[0].startswith("Ensemble, scaled, less MAP (mean of warm starts): ")
+    assert f"NLL {m[ENSEMBLE_SCALED]['nll'] - 0.01:+.4f} ± .0123" in lines[0]
+    none = metrics(regression=True)
+    assert not any("scaled, less" in x for x in summary.closing_lines(none))
+    only = cells(m | {"sampler": {"name": "map"}})
+    assert not any("posterior" in title for title in only)
 
 
 def test_the_strongest_baseline_is_compared_with_too() -> None:

@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.special import softmax
+from transformers import AutoTokenizer
 
 from bayesian_lora.adaptive import FEWEST
 from bayesian_lora.assessment.evaluation import LEFT_OUT
 from bayesian_lora.assessment.stored import load_predictions
 from bayesian_lora.cli.main import main
+from bayesian_lora.config import load_run_config
 from bayesian_lora.data.examples import split_off, stratified_subset
 from bayesian_lora.data.synthetic import generate
-from bayesian_lora.ensemble import map_ensemble
+from bayesian_lora.ensemble import Ensemble, map_ensemble
 from bayesian_lora.errors import InputError
-from bayesian_lora.experiment.evaluate import evaluate_run
+from bayesian_lora.experiment.evaluate import MOST_HELD_OUT, evaluate_run, held_out_set
 from bayesian_lora.metrics import temperature_scale
 from bayesian_lora.progress import Progress
 from bayesian_lora.utils.files import read_json, write_json, write_npz
@@ -282,8 +284,25 @@ def test_temperatures_are_fitted_on_what_was_held_out_of_train(finished: Path) -
     held_out = split_off(stratified_subset(generate("train"), 40, seed=0), 0.1, seed=0)[1]
     starts = map_ensemble(finished).predict(held_out.texts[0])
     expected = [temperature_scale(logits, held_out.labels) for logits in starts.logits]
-    found = figures(finished / "metrics.json")["map_temperature_scaled"]
-    assert found["temperature"] == pytest.approx(np.mean(expected), rel=1e-3)
+    found = figures(finished / "metrics.json")
+    scaled = found["map_temperature_scaled"]["temperature"]
+    assert scaled == pytest.approx(np.mean(expected), rel=1e-3)
+    members = Ensemble.load(finished).predict(held_out.texts[0])
+    expected = temperature_scale(np.log(members.probs), held_out.labels)
+    own = found["ensemble_temperature_scaled"]["temperature"]
+    assert own == pytest.approx(expected, rel=1e-3)
+
+
+def test_of_many_held_out_examples_some_are_enough_for_a_temperature(finished: Path) -> None:
+    config, many = load_run_config(finished), generate("train")
+    tokenizer = AutoTokenizer.from_pretrained(config.model.name)
+    part = held_out_set(config, many, tokenizer)
+    assert part is not None
+    assert len(part) == MOST_HELD_OUT < len(many)
+    few = held_out_set(config, many.take(np.arange(50)), tokenizer)
+    assert few is not None
+    assert few.examples.ids.tolist() == many.ids[:50].tolist()
+    assert held_out_set(config, None, tokenizer) is None
 
 
 def refused(evaluate: Evaluate, run: Path, *arguments: str) -> str:

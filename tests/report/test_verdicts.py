@@ -1,5 +1,7 @@
 """Is the posterior worth it: the words follow the figures and their standard errors."""
 
+import copy
+
 import pytest
 
 from bayesian_lora.report.run_files import RunFiles
@@ -31,6 +33,23 @@ def test_the_strongest_baseline_is_the_one_compared_with(run_files: RunFiles) ->
     said = verdict(changed(run_files, map_ensemble=better))[0]
     assert "deep ensemble of the warm starts (NLL 0.1000)" in said
     assert said.startswith("Not worth it")
+
+
+def test_the_posterior_with_a_temperature_of_its_own_is_told_from_the_same_baseline(
+    run_files: RunFiles,
+) -> None:
+    assert "temperature of its own" not in verdict(run_files)[0]
+    nll = scaled_nll(run_files) - 0.003
+    errors = copy.deepcopy(dict(run_files.metrics["standard_errors"]))
+    pair = "ensemble_temperature_scaled-map_temperature_scaled"
+    errors["differences"][pair] = {"nll": 0.0015}
+    row = {**run_files.metrics["ensemble"], "nll": nll}
+    files = changed(run_files, ensemble_temperature_scaled=row, standard_errors=errors)
+    said = verdict(files)[0]
+    assert f"its NLL is {nll:.4f}, −0.0030 ± 0.0015 against the same baseline." in said.replace(
+        "-0", "−0"
+    )
+    assert strongest(files.metrics) == "map_temperature_scaled", "it is no baseline"
 
 
 def test_without_standard_errors_nothing_is_judged(run_files: RunFiles) -> None:

@@ -2,7 +2,7 @@
 
 What stands beside an ensemble are the strongest simple things that its warm starts already give:
 the fits of the last epoch and the early-stopped ones, and the deep ensemble of either kind, each
-as it is and with its temperature fitted.
+as it is and with its temperature fitted; so is the ensemble, lest a baseline have what it has not.
 
 Shapes: K members, M chains, N examples.
 """
@@ -23,6 +23,7 @@ KINDS = ("last", "early_stopped")
 FITS = ("map", *(f"map_{kind}" for kind in KINDS))
 SCALED, MIXED = "_temperature_scaled", "_ensemble"
 MAP_ROWS = tuple(fits + form for fits in FITS for form in ("", SCALED, MIXED, MIXED + SCALED))
+ENSEMBLE_SCALED = "ensemble" + SCALED
 MOST = 20
 """Members, spread evenly, whose mean's standard error over examples stands for that of all."""
 NOT_KEPT = "the run keeps no such fits"
@@ -32,8 +33,8 @@ Row = list[Predictions] | str
 
 
 @dataclass(frozen=True)
-class Fits:
-    """What MAP fits predict: on the examples evaluated, and on those held out of train.
+class Predicted:
+    """What fits or members predict: on the examples evaluated, and on some held out of train.
 
     on: logits (M, N, C); held_out: None where nothing was held out.
     """
@@ -46,18 +47,18 @@ class Fits:
 class Given:
     """What the rows are made of.
 
-    own: the task's own metrics; members: of the ensemble, in the order of their draws;
-    chains: the number of each member's chain (K,); starts: the fits that sampling began from;
-    others: by kind (`KINDS`), one of them the starts themselves (the same object);
+    own: the task's own metrics; members: of the ensemble, in the order of their draws, `on` of
+    shape (K, N, C); chains: the number of each member's chain (K,); starts: the fits that sampling
+    began from; others: by kind (`KINDS`), one of them the starts themselves (the same object);
     reason: why a kind is missing.
     """
 
     own: tuple[str, ...]
     regression: bool
-    members: Predictions
+    members: Predicted
     chains: np.ndarray
-    starts: Fits
-    others: Mapping[str, Fits] = field(default_factory=dict)
+    starts: Predicted
+    others: Mapping[str, Predicted] = field(default_factory=dict)
     reason: str | None = None
 
 
@@ -70,7 +71,9 @@ def rows(given: Given) -> Figures:
         ``FITS_ensemble`` and ``FITS_ensemble_temperature_scaled``: figures of their mixture;
         ``single``: {figure: {mean, sd, mcse}}; ``ensemble``: figures; ``standard_errors``. In all
         but ``single`` ``expected_ece`` is the ECE that a model would score here whose probabilities
-        are these and right. A row that there is not is null with ``<row>_reason``.
+        are these and right; ``ensemble_temperature_scaled``: the ensemble's mixture with one
+        temperature, a recalibration and no posterior. A row that there is not is null with
+        ``<row>_reason``.
     """
     work = _Work(given)
     found: Figures = {}
@@ -85,10 +88,12 @@ def rows(given: Given) -> Figures:
                 predictors[row] = reason
             else:
                 predictors[row], found[row] = make(fits)
-    pairs = [("ensemble", row) for row in predictors]
-    ensemble = {**work.figures(given.members), "k": given.members.num_members}
+    pairs = [(own, row) for own in ("ensemble", ENSEMBLE_SCALED) for row in predictors]
+    members = given.members.on
+    ensemble = {**work.figures(members), "k": members.num_members}
     found |= {"single": work.single(), "ensemble": ensemble}
-    predictors |= {"single": work.some_members(), "ensemble": [given.members]}
+    predictors |= {"single": work.some_members(), "ensemble": [members]}
+    predictors[ENSEMBLE_SCALED], found[ENSEMBLE_SCALED] = work.forms[MIXED + SCALED](given.members)
     errors = standard_errors(given.own, given.regression, predictors, pairs)
     return {**found, "standard_errors": errors}
 
@@ -102,8 +107,8 @@ class _Work:
         self._alone: dict[int, list[Predictions]] = {}
         self._scaled: dict[int, tuple[Row, Figures]] = {}
         self._figures: dict[int, Figures] = {}
-        self._pooled: dict[int, Fits] = {}
-        self.forms: dict[str, Callable[[Fits], tuple[Row, Figures]]] = {
+        self._pooled: dict[int, Predicted] = {}
+        self.forms: dict[str, Callable[[Predicted], tuple[Row, Figures]]] = {
             "": self.spread,
             SCALED: self.scaled,
             MIXED: self.mixture,
@@ -128,16 +133,16 @@ class _Work:
             self._figures[id(p)] = found
         return self._figures[id(p)]
 
-    def spread(self, fits: Fits) -> tuple[Row, Figures]:
+    def spread(self, fits: Predicted) -> tuple[Row, Figures]:
         """Each fit as a predictor, and {figure: {mean, sd}} over them."""
         members = self.alone(fits.on)
         return list(members), evaluation.mean_and_sd([self.figures(p) for p in members])
 
-    def mixture(self, fits: Fits) -> tuple[Row, Figures]:
+    def mixture(self, fits: Predicted) -> tuple[Row, Figures]:
         """Their deep ensemble."""
         return [fits.on], self.figures(fits.on)
 
-    def pooled(self, fits: Fits) -> Fits:
+    def pooled(self, fits: Predicted) -> Predicted:
         """The mixture as one fit, to be scaled as one (Rahaman & Thiery 2021); what cannot be
         scaled stays as it is.
         """
@@ -145,10 +150,10 @@ class _Work:
             return fits
         if id(fits) not in self._pooled:
             both = (evaluation.pooled(p) for p in (fits.on, fits.held_out))
-            self._pooled[id(fits)] = Fits(*both)
+            self._pooled[id(fits)] = Predicted(*both)
         return self._pooled[id(fits)]
 
-    def scaled(self, fits: Fits) -> tuple[Row, Figures]:
+    def scaled(self, fits: Predicted) -> tuple[Row, Figures]:
         """The fits with their temperatures, and the means of their figures."""
         if id(fits) not in self._scaled:
             found = evaluation.scale(self.given.regression, fits.on, fits.held_out)
@@ -163,11 +168,11 @@ class _Work:
     def single(self) -> Figures:
         """{figure: {mean, sd, mcse}} over the ensemble's members."""
         given = self.given
-        return evaluation.single_draws(given.own, given.regression, given.members, given.chains)
+        return evaluation.single_draws(given.own, given.regression, given.members.on, given.chains)
 
     def some_members(self) -> Row:
         """At most `MOST` of them, evenly spread."""
-        p = self.given.members
+        p = self.given.members.on
         if evaluation.left_out(p):
             return evaluation.LEFT_OUT
         chosen = np.linspace(0, p.num_members - 1, min(MOST, p.num_members)).round().astype(int)

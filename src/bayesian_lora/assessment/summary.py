@@ -21,6 +21,7 @@ OTHER_TITLES = {
     "map_ensemble": "MAP ensemble, {}",
     "map_ensemble_temperature_scaled": "MAP ensemble, {}, scaled",
 }
+ENSEMBLE_SCALED = "ensemble_temperature_scaled"
 COMPARED = ("accuracy", "pearson", "nll", "ece", "crps")
 TITLES = {"nll": "NLL", "ece": "ECE", "crps": "CRPS"}
 ERROR_WIDTH = len(" ± .0000")
@@ -75,6 +76,8 @@ def _rows(m: Figures) -> dict[str, str]:
     if _sampled(m):
         rows |= {"single": "single sample (mean)"}
         rows |= {"ensemble": f"posterior ensemble of {m['ensemble']['k']}{_cold(m)}"}
+        if m.get(ENSEMBLE_SCALED) is not None:
+            rows[ENSEMBLE_SCALED] = "posterior ensemble, scaled"
     return rows
 
 
@@ -171,27 +174,29 @@ def _trust_lines(m: Figures) -> list[str]:
 
 def _against_lines(m: Figures, errors: Figures) -> list[str]:
     """What sampling has brought: the ensemble's figures less those of the starts' simple baselines,
-    and of the strongest fair one by NLL where that is of other fits.
+    and of the strongest fair one by NLL where that is of other fits; from which the ensemble with a
+    temperature of its own is told too.
     """
     if not _sampled(m):
         return []
-    lines, ensemble, shown = [], m["ensemble"], _rows(m)
+    lines, shown = [], _rows(m)
     simple = {r: nll for r in shown if r[:3] == "map" and (nll := _value(m, r, "nll")) is not None}
     fair = [row for row in simple if not m[row].get("temperature_note")]
     strongest = min(fair or simple, key=simple.__getitem__, default=None)
-    for row, title in shown.items():
-        if row not in (*MAP_ROWS, strongest):
-            continue
-        paired = (errors.get("differences") or {}).get(f"ensemble-{row}") or {}
+    pairs = [("Ensemble", "ensemble", row) for row in shown if row in (*MAP_ROWS, strongest)]
+    if strongest and ENSEMBLE_SCALED in shown:
+        pairs.append(("Ensemble, scaled,", ENSEMBLE_SCALED, strongest))
+    for title, own, row in pairs:
+        paired = (errors.get("differences") or {}).get(f"{own}-{row}") or {}
         parts = []
         for name in COMPARED:
-            other = _value(m, row, name)
-            if ensemble.get(name) is None or other is None or paired.get(name) is None:
+            mine, other = m[own].get(name), _value(m, row, name)
+            if mine is None or other is None or paired.get(name) is None:
                 continue
-            gap, error = ensemble[name] - other, _short(paired[name])
+            gap, error = mine - other, _short(paired[name])
             parts.append(f"{TITLES.get(name, name)} {gap:+.4f} ± {error}")
         if parts:
-            lines.append(f"Ensemble less {title}: {', '.join(parts)}")
+            lines.append(f"{title} less {shown[row]}: {', '.join(parts)}")
     return lines
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bayesian_lora.assessment.run_rows import MAP_ROWS
+from bayesian_lora.assessment.run_rows import ENSEMBLE_SCALED, MAP_ROWS
 from bayesian_lora.assessment.summary import SHOWN
 from bayesian_lora.errors import InputError
 from bayesian_lora.utils.files import read_json
@@ -27,7 +27,10 @@ AFTER = (
     "status",
 )
 ROWS = ("map", "map_ensemble", "single", "ensemble")
-MORE = (*(row for row in MAP_ROWS if row not in ROWS), "standard_errors", "calibration")
+MORE = (
+    *(row for row in (*MAP_ROWS, ENSEMBLE_SCALED) if row not in ROWS),
+    *("standard_errors", "calibration"),
+)
 NLL_SE = "nll_se"
 DIAGNOSTICS = ("rhat_max", "ess_bulk_min", "t_eff", "verdict", "reason")
 ALIKE = {

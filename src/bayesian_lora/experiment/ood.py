@@ -29,6 +29,7 @@ from bayesian_lora.experiment.building import resolve_device
 from bayesian_lora.experiment.evaluate import (
     evaluate_run,
     figures_of,
+    held_out_set,
     predicted,
 )
 from bayesian_lora.experiment.resume import load_own_config
@@ -226,9 +227,9 @@ def _figures(
         figures = _read_figures(root, sets)
     elif sets.outside.labelled:
         held = load_training_data(sets.config, task, sets.folder)[1]
-        held_out = None if held is None else tokenised(held)
+        held_out = held_out_set(sets.config, held, tokenizer)
         given = predicted(root, task, full, (foreign, held_out, model), None, progress)
-        outside, start_out = given.members, given.starts.on
+        outside, start_out = given.members.on, given.starts.on
         figures = figures_of(given) | evaluation.against_truth(outside)
     else:
         outside = full.predict_set(model, foreign)

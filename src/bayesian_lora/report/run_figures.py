@@ -22,6 +22,7 @@ from bayesian_lora.report.verdicts import (
     COMPARED,
     NAMES,
     ROWS,
+    SAMPLED,
     asides,
     titles_of,
     verdict,
@@ -99,7 +100,7 @@ def rows(files: RunFiles) -> Section:
     m = files.metrics
     given = titles_of(m)
     if not files.sampled:
-        given = {r: title for r, title in given.items() if r not in ("single", "ensemble")}
+        given = {r: title for r, title in given.items() if r not in SAMPLED}
     errors = m.get("standard_errors")
     note = (
         f"± is one standard error over examples (bootstrap, {errors.get('replicates', '?')} "

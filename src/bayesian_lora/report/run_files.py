@@ -126,10 +126,12 @@ def standard_error(files: RunFiles, row: str, name: str) -> float | None:
     return figure((files.metrics.get("standard_errors") or {}).get(row), name)
 
 
-def difference_error(files: RunFiles, baseline: str, name: str) -> float | None:
+def difference_error(
+    files: RunFiles, baseline: str, name: str, own: str = "ensemble"
+) -> float | None:
     """Of the ensemble's less a baseline's figure, the examples in pairs; None as above."""
     found = (files.metrics.get("standard_errors") or {}).get("differences") or {}
-    return figure(found.get(f"ensemble-{baseline}"), name)
+    return figure(found.get(f"{own}-{baseline}"), name)
 
 
 def _or_why(missing: dict[str, str], name: str, read: Callable[[], Read]) -> Read | None:

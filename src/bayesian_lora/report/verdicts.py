@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bayesian_lora.assessment.run_rows import ENSEMBLE_SCALED
 from bayesian_lora.report.page import number
 from bayesian_lora.report.record import listed, signed
 from bayesian_lora.report.run_files import AGAIN, RunFiles, difference_error, figure
@@ -25,6 +26,7 @@ ROWS = {
     "temperature-scaled",
     "single": "single draw, mean of all",
     "ensemble": "posterior ensemble",
+    ENSEMBLE_SCALED: "posterior ensemble, temperature-scaled",
 }
 KINDS = {"map_last": "last epoch", "map_early_stopped": "early-stopped"}
 FORMS = ("map", "map_temperature_scaled", "map_ensemble", "map_ensemble_temperature_scaled")
@@ -33,7 +35,8 @@ ALIKE = {
     for form in FORMS
 }
 """Rows of which one is always the very same as the row before it: whichever fits the starts are."""
-BASELINES = tuple(name for name in ROWS if name not in ("single", "ensemble"))
+SAMPLED = ("single", "ensemble", ENSEMBLE_SCALED)
+BASELINES = tuple(name for name in ROWS if name not in SAMPLED)
 NAMES = {
     **{"accuracy": "Accuracy", "f1": "F1", "mcc": "MCC", "pearson": "Pearson"},
     **{"spearman": "Spearman", "rmse": "RMSE", "nll": "NLL", "crps": "CRPS", "ece": "ECE"},
@@ -80,7 +83,8 @@ def verdict(files: RunFiles) -> list[str]:
         words += f": a difference within {CLEAR:g} standard errors may be chance"
     else:
         answer = "Worth it by NLL" if gap < 0 else "Not worth it by NLL"
-    return [f"{answer}. {words}.{_otherwise(files, best)}", _chains(m)]
+    more = _otherwise(files, best) + _recalibrated(files, best, theirs)
+    return [f"{answer}. {words}.{more}", _chains(m)]
 
 
 def strongest(m: Figures) -> str | None:
@@ -95,6 +99,18 @@ def _unknown(m: Figures, baseline: str) -> str:
     found = (m.get("standard_errors") or {}).get("differences") or {}
     reason = (found.get(f"ensemble-{baseline}") or {}).get("nll_reason")
     return f"is not known – {reason}" if reason else f"was not computed, so {AGAIN}"
+
+
+def _recalibrated(files: RunFiles, baseline: str, theirs: float) -> str:
+    """The same difference where the posterior ensemble has a temperature of its own."""
+    own = figure(files.metrics.get(ENSEMBLE_SCALED), "nll")
+    error = difference_error(files, baseline, "nll", ENSEMBLE_SCALED)
+    if own is None or error is None:
+        return ""
+    return (
+        f" With one temperature of its own, fitted on held-out examples, its NLL is {own:.4f}, "
+        f"{signed(own - theirs, 4)} ± {number(error)} against the same baseline."
+    )
 
 
 def _otherwise(files: RunFiles, baseline: str) -> str:
