@@ -117,6 +117,44 @@ def test_one_example_has_no_error_of_its_accuracy() -> None:
     assert nulls_without_reason(found) == []
 
 
+def test_accuracies_in_bins_have_the_error_of_so_many_answers(
+    starts: Predictions, members: Predictions
+) -> None:
+    found = calibration_figures(False, starts, members)["reliability"]
+    seen = 0
+    for name, sharers in (("ensemble", 1), ("map", M)):
+        one = found[name]
+        assert len(one["accuracy_se"]) == len(one["accuracy"])
+        rows = zip(one["accuracy"], one["count"], one["accuracy_se"], strict=True)
+        for accuracy, count, error in rows:
+            if accuracy in (None, 0.0, 1.0):
+                assert error is None
+            elif count >= 20 * sharers:
+                alone = np.sqrt(accuracy * (1 - accuracy) * sharers / count)
+                # Starts that share an example err alike, and others are independent.
+                assert alone / np.sqrt(sharers) * 0.7 < error < 1.4 * alone
+                seen += 1
+    assert seen > 6
+
+
+def test_risks_along_the_curve_have_the_errors_of_the_accuracies(
+    starts: Predictions, members: Predictions
+) -> None:
+    found = selective_figures(False, starts, members)
+    for name, prefix in (("ensemble", ""), ("map", "map_")):
+        errors = found["risk_se"][name]
+        assert len(errors) == POINTS
+        at = dict(zip(found["coverage"], errors, strict=True))
+        same = {share: at[share] for share in COVERAGES if share in at}
+        assert len(same) > 1
+        for share, error in same.items():
+            assert error == found[f"{prefix}accuracy_at_se"][f"{share:g}"]
+    certain = Predictions(
+        np.array([[[0.0, 9.0], [9.0, 0.0]]]), np.array([1, 0]), np.ones(1), np.arange(2)
+    )
+    assert selective_figures(False, certain, certain)["risk_se"]["ensemble"] == [None, None]
+
+
 def test_the_area_is_that_of_the_curve() -> None:
     p = classifiers(3, 80)
     risk = selective_figures(False, p, p)["risk"]["ensemble"]

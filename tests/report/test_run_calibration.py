@@ -33,6 +33,37 @@ def test_the_diagram_shows_the_bins_that_have_examples(run_files: RunFiles) -> N
     assert shown["perfect"]["x"] == shown["perfect"]["y"] == [0, 1]
 
 
+def test_bins_and_risks_have_bars_of_their_errors_where_they_are_known(
+    run_files: RunFiles,
+) -> None:
+    for make in (calibration, selective):
+        older = only(make(run_files).blocks, Chart)
+        assert "standard error" not in older.caption
+        assert not any("±" in c.text for row in older.numbers.rows for c in row)
+    m = copy.deepcopy(dict(run_files.metrics))
+    row = m["calibration"]["reliability"]["ensemble"]
+    row["accuracy_se"] = [
+        None if x is None else 0.01 + i / 1000 for i, x in enumerate(row["count"])
+    ]
+    m["selective"]["risk_se"] = {"ensemble": [0.02] * 100, "map": [None] + [0.03] * 99}
+    files = dataclasses.replace(run_files, metrics=m)
+    picture = only(calibration(files).blocks, Chart)
+    shown = next(t for t in picture.figure["data"] if t["name"] == "posterior ensemble")
+    filled = [i for i, n in enumerate(row["count"]) if n]
+    assert shown["error_y"]["array"] == pytest.approx([row["accuracy_se"][i] for i in filled])
+    accuracy = picture.numbers.rows[-1][2].text
+    assert accuracy == f"{row['accuracy'][filled[-1]]:.3f} ± {row['accuracy_se'][filled[-1]]:.3f}"
+    curves = only(selective(files).blocks, Chart)
+    bars = [t["error_y"]["array"] for t in curves.figure["data"]]
+    places = [{i for i, x in enumerate(one) if x is not None} for one in bars]
+    assert all(places)
+    assert not places[0] & places[1], "they would hide one another"
+    assert [c.text for c in curves.numbers.rows[-1]] == [
+        "100%", "0.2500 ± 0.0300", "0.2200 ± 0.0200"
+    ]  # fmt: skip
+    assert all("standard error" in one.caption for one in (picture, curves))
+
+
 @pytest.mark.parametrize(("ece", "words"), [(0.047, "more than"), (0.045, "no more than")])
 def test_the_ece_is_judged_against_that_of_a_calibrated_model(
     run_files: RunFiles, ece: float, words: str

@@ -11,12 +11,14 @@ import pytest
 from bayesian_lora.metrics import ensemble_log_probs
 from bayesian_lora.scores import selective
 from bayesian_lora.scores.bootstrap import replicate
+from bayesian_lora.scores.calibration import reliability
 from bayesian_lora.scores.resampled_figures import (
-    accuracy_statistic,
+    bin_statistic,
     classification_figures,
     classification_statistic,
     regression_figures,
     regression_statistic,
+    risk_statistic,
 )
 
 ADDED = {
@@ -118,10 +120,24 @@ def test_accuracy_at_coverages_equals_the_plain_one_of_the_drawn_examples(n: int
         score = np.round(score, 1)
     shares = (0.05, 0.5, 0.95, 1.0)
     index, counts = resampled(n)
-    got = accuracy_statistic(score, wrong, shares)(counts)
+    got = risk_statistic(score, wrong, shares)(counts)
     for b, i in enumerate(index):
-        plain = selective.accuracy_at(score[i], wrong[i], shares)
-        assert plain == pytest.approx({name: values[b] for name, values in got.items()}, abs=1e-12)
+        plain = list(selective.accuracy_at(score[i], wrong[i], shares).values())
+        assert plain == pytest.approx([1 - got[str(s)][b] for s in range(len(shares))], abs=1e-12)
+
+
+def test_accuracy_in_bins_equals_the_plain_one_of_the_drawn_examples():
+    n, (log_probs, labels) = 60, made(60, 3)
+    probs = np.exp(np.stack([log_probs, log_probs[:, ::-1]]))
+    index, counts = resampled(n)
+    got = bin_statistic(probs, labels)(counts)
+    empty = 0
+    for b, i in enumerate(index):
+        pooled = reliability(np.concatenate(probs[:, i]), np.tile(labels[i], 2))
+        found = np.array([values[b] for values in got.values()])
+        np.testing.assert_allclose(found, pooled.accuracy, atol=1e-12)
+        empty += np.isnan(found).sum()
+    assert empty > 0
 
 
 def test_a_large_row_is_quick():

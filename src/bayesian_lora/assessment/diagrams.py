@@ -14,7 +14,7 @@ from bayesian_lora.predict import Predictions
 from bayesian_lora.scores import calibration, selective
 from bayesian_lora.scores.bootstrap import replicate, standard_errors
 from bayesian_lora.scores.calibration import Bins
-from bayesian_lora.scores.resampled_figures import accuracy_statistic
+from bayesian_lora.scores.resampled_figures import bin_statistic, risk_statistic
 
 Figures = dict[str, Any]
 
@@ -39,7 +39,9 @@ def calibration_figures(regression: bool, starts: Predictions, p: Predictions) -
     Returns:
         ``bins``; ``expected_ece`` {mean, sd} of a model with the ensemble's probabilities whose
         labels are drawn from them; ``reliability`` {map, ensemble}: ``edges`` (B+1,), ``count``,
-        ``confidence``, ``accuracy`` (B,) of the top label, null where a bin is empty.
+        ``confidence``, ``accuracy`` (B,) of the top label, null where a bin is empty, and
+        ``accuracy_se`` (B,), its standard error over examples by bootstrap, null too where the
+        answers in a bin are all right or all wrong.
     """
     if regression:
         names = ("bins", "expected_ece", "reliability")
@@ -48,10 +50,20 @@ def calibration_figures(regression: bool, starts: Predictions, p: Predictions) -
     pooled = calibration.reliability(np.concatenate(each), np.tile(p.labels, len(each)))
     expected = calibration.expected_ece(p.probs, np.random.default_rng(SEED))
     own = calibration.reliability(p.probs, p.labels)
+    probs = {"map": np.stack(each), "ensemble": p.probs[None]}
+    drawn = replicate(
+        {name: bin_statistic(x, p.labels) for name, x in probs.items()},
+        len(p),
+        np.random.default_rng(SEED),
+    )
+    errors = {name: _errors(list(drawn.values[name].values()), len(p)) for name in probs}
     return {
         "bins": ECE_BINS,
         "expected_ece": expected,
-        "reliability": {"map": _diagram(pooled), "ensemble": _diagram(own)},
+        "reliability": {
+            name: {**_diagram(bins), "accuracy_se": errors[name]}
+            for name, bins in (("map", pooled), ("ensemble", own))
+        },
     }
 
 
@@ -64,39 +76,57 @@ def selective_figures(regression: bool, starts: Predictions, p: Predictions) -> 
         ``score``: what is doubted by; ``coverage``: at most `POINTS` shares; ``risk`` {map,
         ensemble}: the share of wrong answers at each, of MAP the mean over the warm starts;
         ``accuracy_at``: of the ensemble, and ``map_accuracy_at``, at `COVERAGES`; with ``_se``
-        behind it the standard error over examples of each, by bootstrap.
+        behind it the standard error over examples of each, by bootstrap, null where all resamples
+        agree.
     """
     if regression:
-        names = ("score", "coverage", "risk", *ACCURACY, *(f"{name}_se" for name in ACCURACY))
+        names = ("score", "coverage", *(x for n in ("risk", *ACCURACY) for x in (n, f"{n}_se")))
         return {**dict.fromkeys(names), "reason": REGRESSION}
     each, own = [doubt(one) for one in alone(starts)], doubt(p)
     n = len(p)
     points = min(n, POINTS)
     kept = -(-np.arange(1, points + 1) * n // points)
     curves = [selective.risk_coverage(*one)[1][kept - 1] for one in each]
+    shares = (kept / n).tolist()
     return {
         "score": SCORE,
-        "coverage": (kept / n).tolist(),
+        "coverage": shares,
         "risk": {
             "map": np.mean(curves, axis=0).tolist(),
             "ensemble": selective.risk_coverage(*own)[1][kept - 1].tolist(),
         },
         "accuracy_at": selective.accuracy_at(*own, COVERAGES),
         "map_accuracy_at": _means([selective.accuracy_at(*one, COVERAGES) for one in each]),
-        **_accuracy_errors(own, each, n),
+        **_resampled(own, each, n, shares),
     }
 
 
 Doubt = tuple[Array, np.ndarray]
 
 
-def _accuracy_errors(own: Doubt, each: Sequence[Doubt], n: int) -> Figures:
-    """Of accuracy_at of the ensemble, and of its mean over the warm starts."""
-    rows = {str(i): accuracy_statistic(*one, COVERAGES) for i, one in enumerate((own, *each))}
+def _resampled(own: Doubt, each: Sequence[Doubt], n: int, shares: Sequence[float]) -> Figures:
+    """Standard errors of the accuracies and of the curves' risks, of the ensemble and of the mean
+    over the warm starts.
+    """
+    wanted = (*COVERAGES, *shares)
+    rows = {str(i): risk_statistic(*one, wanted) for i, one in enumerate((own, *each))}
     drawn = replicate(rows, n, np.random.default_rng(SEED))
     first, *others = rows
-    spread = zip(ACCURACY, (drawn.mean([first]), drawn.mean(others)), strict=True)
-    return {f"{name}_se": standard_errors(values, n) for name, values in spread}
+    found: Figures = {"risk_se": {}}
+    for name, curve, chosen in zip(ACCURACY, ("ensemble", "map"), ([first], others), strict=True):
+        values = list(drawn.mean(chosen).values())
+        # 1 − risk varies as much as the risk.
+        at = {f"{x:g}": risk for x, risk in zip(COVERAGES, values, strict=False)}
+        found[f"{name}_se"] = standard_errors(at, n)
+        found["risk_se"][curve] = _errors(values[len(COVERAGES) :], n)
+    return found
+
+
+def _errors(values: Sequence[Array], n: int) -> list[Any]:
+    """The standard errors alone, without their reasons."""
+    named = {str(i): x for i, x in enumerate(values)}
+    found = standard_errors(named, n)
+    return [found[name] for name in named]
 
 
 def doubt(p: Predictions) -> Doubt:

@@ -183,6 +183,8 @@ def _trace(one: Series) -> dict[str, Any]:
         "marker": {"color": colour, "size": 7, "symbol": SYMBOLS[one.style % len(SYMBOLS)]},
     }
     if one.error is not None:
-        bars: Mapping[str, Any] = {"type": "data", "thickness": 1.4, "width": 4, "color": colour}
+        # A point of a line without an error would show the caps of one of length 0.
+        cap = 0 if one.kind == "line" else 4
+        bars: Mapping[str, Any] = {"type": "data", "thickness": 1.4, "width": cap, "color": colour}
         trace[f"error_{one.error_of}"] = {**bars, "array": rounded(one.error)}
     return trace

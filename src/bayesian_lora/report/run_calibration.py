@@ -22,6 +22,7 @@ Figures = Mapping[str, Any]
 
 SHOWN = ("map", "ensemble")
 CLASSES_ONLY = "a regression has no class probabilities"
+BARS = " Bars: one standard error over the examples."
 MOST_ROWS = 21
 """Of a table of a curve's points."""
 
@@ -87,14 +88,21 @@ def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Char
     for place, (name, row) in enumerate(rows.items()):
         full = [i for i, n in enumerate(row["count"]) if n]
         x, y = ([row[key][i] for i in full] for key in ("confidence", "accuracy"))
-        series.append(Series(titles[name], x, y, "both", place, place))
+        # Older evaluations have no errors.
+        errors = row.get("accuracy_se") or [None] * len(row["count"])
+        bars = [errors[i] for i in full]
+        series.append(Series(titles[name], x, y, "both", place, place, bars))
         series.append(_counts(titles[name], row, place))
         bins = len(row["count"])
         for i in full:
             span = f"{i / bins:.2f}–{(i + 1) / bins:.2f}"
-            found = [cell(row[key][i], 3) for key in ("confidence", "accuracy")]
+            found = [
+                cell(row["confidence"][i], 3),
+                with_error(row["accuracy"][i], errors[i], "", 3),
+            ]
             table.append([cell(f"{titles[name]}, {span}"), *found, cell(int(row["count"][i]))])
     gaps = {titles[k]: _largest_gap(row) for k, row in rows.items()}
+    barred = any(row.get("accuracy_se") for row in rows.values())
     text = "; ".join(f"{name}: {words}" for name, words in gaps.items())
     panels = [
         Panel("confidence", "accuracy", "Reliability", (0, 1), (0, 1.02)),
@@ -105,7 +113,8 @@ def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Char
         panels,
         text=f"Reliability diagram. {text}.",
         caption="Reliability of the top label in equal-width bins: below the dashed line the model "
-        "is overconfident. The warm starts' predictions are pooled.",
+        "is overconfident. The warm starts' predictions are pooled."
+        f"{BARS if barred else ''}",
         numbers=Table("bins", ["Bin", "Confidence", "Accuracy", "Examples"], table),
     )
 
@@ -155,13 +164,16 @@ def selective(files: RunFiles) -> Section:
         reason = CLASSES_ONLY if files.regression else str(given)
         return Section(title, "selective", [Missing("Risk–coverage curve", reason)])
     coverage = found["coverage"]
+    places = thinned(len(coverage))
+    # Older evaluations have no errors.
+    errors = {k: (found.get("risk_se") or {}).get(k) or [None] * len(coverage) for k in curves}
     series = [
-        Series(titles[name], coverage, risk, "line", place, place)
+        Series(titles[name], coverage, risk, "line", place, place, _at(errors[name], places, place))
         for place, (name, risk) in enumerate(curves.items())
     ]
     rows = [
-        [cell(f"{coverage[i]:.0%}"), *(cell(risk[i]) for risk in curves.values())]
-        for i in thinned(len(coverage))
+        [cell(f"{coverage[i]:.0%}"), *(with_error(curves[k][i], errors[k][i], "") for k in curves)]
+        for i in places
     ]
     areas = {name: figure(files.metrics.get(name), "aurc") for name in curves}
     said = ", ".join(f"{titles[k]} {x:.4f}" for k, x in areas.items() if x is not None)
@@ -177,13 +189,19 @@ def selective(files: RunFiles) -> Section:
             text=f"Risk against coverage. At full coverage the risk is "
             f"{', '.join(f'{curves[k][-1]:.3f} ({titles[k]})' for k in curves)}.",
             caption=f"Inputs are answered from the least {score} on; lower is better. Area under "
-            f"the curve (AURC): {said or 'not recorded'}.",
+            f"the curve (AURC): {said or 'not recorded'}.{BARS if found.get('risk_se') else ''}",
             numbers=Table("risk", ["Coverage", *(titles[k] for k in curves)], rows),
         )
     ]
     if table := _accuracy_at(found, titles):
         blocks.append(table)
     return Section(title, "selective", blocks)
+
+
+def _at(errors: Sequence[float | None], places: Sequence[int], shift: int) -> list[float | None]:
+    """Of a curve's errors every fourth of these places, so that two curves' bars stand apart."""
+    chosen = set(places[2 + 2 * shift :: 4])
+    return [error if i in chosen else None for i, error in enumerate(errors)]
 
 
 def _accuracy_at(found: Figures, titles: Mapping[str, str]) -> Table | None:

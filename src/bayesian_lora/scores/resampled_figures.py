@@ -126,13 +126,22 @@ def regression_statistic(
     return statistic
 
 
-def accuracy_statistic(score: ArrayLike, wrong: ArrayLike, coverages: Sequence[float]) -> Statistic:
-    """`selective.accuracy_at` of the same arguments, of every resample."""
-    names = selective.accuracy_at(score, wrong, coverages)  # for its checks too
+def risk_statistic(score: ArrayLike, wrong: ArrayLike, coverages: Sequence[float]) -> Statistic:
+    """{"0": risk, …}: 1 − `selective.accuracy_at` of each coverage, of every resample."""
+    selective.accuracy_at(score, wrong, coverages)  # for its checks
     curve = _Aurc(np.asarray(score, dtype=np.float64), np.asarray(wrong, dtype=np.float64))
-    return lambda counts: {
-        name: 1 - risk for name, risk in zip(names, curve.risks(counts, coverages), strict=True)
-    }
+    return lambda counts: {str(i): x for i, x in enumerate(curve.risks(counts, coverages))}
+
+
+def bin_statistic(probs: ArrayLike, labels: ArrayLike) -> Statistic:
+    """{"0": accuracy, …} in each bin of `calibration.reliability`, of every resample; NaN in an
+    empty bin. `probs` (M, N, C) of M predictors whose answers share the bins, `labels` (N,).
+    """
+    p, y = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    index = calibration.equal_width_bins(p.max(axis=2).T, ECE_BINS)
+    hits = (p.argmax(axis=2) == y).T.astype(np.float64)
+    right, all_of = (_binned(index, values, ECE_BINS) for values in (hits, np.ones_like(hits)))
+    return lambda counts: {str(b): x for b, x in enumerate(_ratio(right @ counts, all_of @ counts))}
 
 
 def _means(columns: Columns, counts: Array) -> Columns:
@@ -237,19 +246,17 @@ class _Aurc(_Ordered):
         excess = errors - wrong - rate * (kept - drawn)
         return (wrong + excess * rise).sum(axis=0) / n
 
-    def risks(self, counts: Array, coverages: Sequence[float]) -> list[Array]:
-        """Risk (B,) among the fewest examples that are at least each share, surest first."""
+    def risks(self, counts: Array, coverages: Sequence[float]) -> Array:
+        """Risks (shares, B) of the fewest examples, surest first, that are at least each share."""
         ordered = counts[self.order]
         drawn, wrong = self.grouped(ordered), self.grouped(ordered * self.wrong)
         kept, errors = drawn.cumsum(axis=0), wrong.cumsum(axis=0)
-        found: list[Array] = []
-        for share in coverages:
-            wanted = np.ceil(np.round(share * kept[-1], 9))
-            # The group in which that number is reached counts with its mean.
-            last = (kept < wanted).sum(axis=0)[None]
-            n, e, t, w = (np.take_along_axis(x, last, 0)[0] for x in (kept, errors, drawn, wrong))
-            found.append((e - w / t * (n - wanted)) / wanted)
-        return found
+        wanted = np.ceil(np.round(np.multiply.outer(coverages, kept[-1]), 9))
+        # The group in which that number is reached counts with its mean.
+        columns = [np.searchsorted(*pair) for pair in zip(kept.T, wanted.T, strict=True)]
+        last = np.stack(columns, axis=1)
+        n, e, t, w = (np.take_along_axis(x, last, 0) for x in (kept, errors, drawn, wrong))
+        return (e - w / t * (n - wanted)) / wanted
 
 
 class _Ranks(_Ordered):
@@ -284,8 +291,7 @@ def _correlation(x: Array, y: Array, counts: Array) -> Array:
     spread = []
     for square, mean in ((xx, mean_x), (yy, mean_y)):
         variance = square - mean**2
-        # What is left of a constant's variance by rounding is no variance.
-        spread.append(np.where(variance > 1e-13 * square, variance, 0.0))
+        spread.append(np.where(variance > 1e-13 * square, variance, 0.0))  # less is rounding
     return _ratio(xy - mean_x * mean_y, np.sqrt(spread[0] * spread[1]))
 
 
