@@ -62,6 +62,16 @@ def test_every_row_has_its_figures_and_errors(run_files: RunFiles) -> None:
     assert [row[0].text for row in spread.rows][-1] == "Monte Carlo error of the mean over draws"
 
 
+def test_parts_of_the_brier_score_have_their_errors(run_files: RunFiles) -> None:
+    errors = copy.deepcopy(dict(run_files.metrics["standard_errors"]))
+    errors["ensemble"] = {**errors["ensemble"], "brier_reliability": 0.0123}
+    blocks = rows(changed(run_files, standard_errors=errors)).blocks
+    table = next(b for b in blocks if isinstance(b, Table) and b.caption.startswith("Brier"))
+    own = next(row for row in table.rows if row[0].text.startswith("posterior ensemble"))
+    place = list(table.columns).index("Reliability")
+    assert own[place].text == "0.0040 ± 0.0123"
+
+
 def test_an_older_run_says_what_to_do(run_files: RunFiles) -> None:
     found = rows(changed(run_files, standard_errors=None)).blocks[0]
     assert isinstance(found, Table)

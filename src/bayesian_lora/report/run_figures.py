@@ -146,7 +146,7 @@ def _unknown(files: RunFiles, name: str) -> str:
 def _brier(files: RunFiles, given: Mapping[str, str], parts: list[str]) -> Table:
     m = files.metrics
     body = [
-        [cell(title), *(cell(figure(m[r], n), reason=NO_PARTS) for n in ("brier", *parts))]
+        [cell(title), *(_part(files, r, n) for n in ("brier", *parts))]
         for r, title in given.items()
         if any(figure(m[r], n) is not None for n in parts)
     ]
@@ -157,6 +157,10 @@ def _brier(files: RunFiles, given: Mapping[str, str], parts: list[str]) -> Table
         note="Brier = reliability − resolution + uncertainty + what lies within the bins (Murphy "
         "1973; Stephenson et al. 2008). Reliability 0 is perfect calibration.",
     )
+
+
+def _part(files: RunFiles, row: str, name: str) -> Cell:
+    return with_error(figure(files.metrics[row], name), standard_error(files, row, name), NO_PARTS)
 
 
 def _spreads(files: RunFiles, names: list[str]) -> Block:
