@@ -93,6 +93,14 @@ def test_csv_names_the_line_where_a_row_begins(tmp_path: Path) -> None:
     assert [table.place(row) for row in (0, 1)] == [f"{path}:2", f"{path}:5"]
 
 
+def test_a_text_longer_than_csvs_own_limit_is_read(tmp_path: Path) -> None:
+    before, long = csv.field_size_limit(), "word " * 60_000
+    path = write(tmp_path / "a.csv", f'text,label\n"{long}",1\nplain,0\n')
+    assert len(long) > before
+    assert columns(read_csv(path, ["text", "label"]))["text"] == [long, "plain"]
+    assert csv.field_size_limit() == before
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

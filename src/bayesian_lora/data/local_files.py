@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bayesian_lora.data.examples import Table, check_columns
+from bayesian_lora.data.text_streams import long_fields
 from bayesian_lora.errors import InputError
 
 
@@ -111,10 +112,11 @@ def read_csv(
     rows: list[tuple[int, list[str]]] = []
     start = 1
     try:
-        for row in reader:
-            if row:
-                rows.append((start, row))
-            start = reader.line_num + 1
+        with long_fields():
+            for row in reader:
+                if row:
+                    rows.append((start, row))
+                start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
             f"{path}:{start}: malformed row ({error}): write a quote inside a quoted field twice"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from bayesian_lora.data.examples import Table
 from bayesian_lora.data.local_files import read_file, read_glue_tsv
+from bayesian_lora.data.text_streams import long_fields
 from bayesian_lora.errors import InputError
 
 EXTENSIONS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
@@ -104,7 +105,8 @@ def _columns(path: Path) -> tuple[str, ...]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if kind in (".csv", ".tsv"):
                 rows = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",")
-                return tuple(next((row for row in rows if row), ()))
+                with long_fields():
+                    return tuple(next((row for row in rows if row), ()))
             first = next((line for line in file if line.strip()), "")
             row = json.loads(first + file.read())[0] if _is_list(first) else json.loads(first)
             return tuple(row) if isinstance(row, dict) else ()

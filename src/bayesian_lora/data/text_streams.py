@@ -191,7 +191,7 @@ def _rows(
     start = 1
     while True:
         try:
-            with _long_fields():
+            with long_fields():
                 row = next(reader, None)
         except csv.Error as error:
             if "field larger" in str(error):
@@ -211,8 +211,10 @@ def _rows(
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
-    """csv's own limit, of 128 KiB, is the whole process's: raised for one row at a time."""
+def long_fields() -> Iterator[None]:
+    """Inside, csv takes fields of `LONGEST_LINE`. Its own limit, of 128 KiB, is the whole process's,
+    so this is for a row, or a file that is read in one go.
+    """
     before = csv.field_size_limit(LONGEST_LINE)
     try:
         yield
