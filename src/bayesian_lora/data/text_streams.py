@@ -212,8 +212,8 @@ def _rows(
 
 @contextmanager
 def long_fields() -> Iterator[None]:
-    """Inside, csv takes fields of `LONGEST_LINE`. Its own limit, of 128 KiB, is the whole process's,
-    so this is for a row, or a file that is read in one go.
+    """Inside, csv takes fields of `LONGEST_LINE`. The limit, 128 KiB by default, is the whole
+    process's, so this is for a row, or a file that is read in one go.
     """
     before = csv.field_size_limit(LONGEST_LINE)
     try:
