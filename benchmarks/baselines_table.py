@@ -277,8 +277,8 @@ def _excess(of: Sequence[Figures]) -> str | None:
 NOTES = (
     "Mean over seeds ± its standard error over seeds (in brackets: over the evaluated examples, "
     "by bootstrap, which all seeds share). MAP rows are means over the four fits, never the best; "
-    "a deep ensemble has one temperature, fitted to its mixture. ECE if calibrated: what a "
-    "calibrated model of these confidences scores at this number of examples. R-hat and ESS: the "
-    "worst of all seeds and quantities. Seconds: of all fits at once (with the prior's search "
-    "where one was made), and of sampling."
+    "an ensemble has one temperature, fitted to its mixture on held-out examples. ECE if "
+    "calibrated: what a calibrated model of these confidences scores at this number of examples. "
+    "R-hat and ESS: the worst of all seeds and quantities. Seconds: of all fits at once (with the "
+    "prior's search where one was made), and of sampling."
 )

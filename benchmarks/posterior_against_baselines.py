@@ -5,8 +5,8 @@
     python benchmarks/posterior_against_baselines.py --samplers sgld sghmc+vr asgld
     python benchmarks/posterior_against_baselines.py --quick
 
-MAP of the last epoch and early-stopped, the deep ensemble of either, all of them temperature-scaled
-too; SGLD and other samplers from the very same fits, about 1,000 chain-steps of 32 examples each.
+MAP of the last epoch and early-stopped, the deep ensemble of either; SGLD and other samplers from
+the very same fits, about 1,000 chain-steps of 32 examples each; all of them temperature-scaled too.
 Needs the `offline` extra and local data (BAYESIAN_LORA_DATA), `--quick` and `synthetic` no data.
 Finished runs are kept and stopped ones go on: the same command given again ends what it began.
 `+vr` is a sampler with control variates: twice the gradients a step, and a larger step at the same

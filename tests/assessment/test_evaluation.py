@@ -145,7 +145,8 @@ def test_a_warm_start_that_always_says_the_same_has_no_mcc(constant: int) -> Non
 @pytest.mark.parametrize(("regression", "part"), [(True, "Gaussian"), (False, "validation_share")])
 def test_without_held_out_classes_there_is_no_temperature(regression: bool, part: str) -> None:
     found = temperature_scaled((), regression, scores() if regression else predictions(), None)
-    assert set(found) == {"accuracy", "nll", "ece", "brier", "temperature", "reason"}
+    names = {"accuracy", "nll", "ece", "brier", "temperature", evaluation.FITTED_ON, "reason"}
+    assert set(found) == names
     assert part in found.pop("reason")
     assert set(found.values()) == {None}
 

@@ -103,6 +103,7 @@ def test_each_kind_is_scaled_on_its_own_held_out_predictions() -> None:
         assert fits.held_out is not None
         each = [temperature_scale(x, fits.held_out.labels) for x in fits.held_out.logits]
         assert found[row]["temperature"] == pytest.approx(np.mean(each))
+        assert found[row]["temperature_fitted_on"] == 60
         scaled = [
             dataclasses.replace(one, logits=one.logits / t)
             for one, t in zip(evaluation.alone(fits.on), each, strict=True)

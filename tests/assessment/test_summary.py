@@ -169,8 +169,14 @@ def test_the_ensemble_with_a_temperature_of_its_own_is_held_against_the_stronges
     assert len(lines) == 1
     assert lines[0].startswith("Ensemble, scaled, less MAP (mean of warm starts): ")
     assert f"NLL {m[ENSEMBLE_SCALED]['nll'] - 0.01:+.4f} ± .0123" in lines[0]
+    m[ENSEMBLE_SCALED]["temperature_note"] = "1 of 1 temperatures stopped at a bound"
+    closing = summary.closing_lines(m)
+    assert not any("scaled, less" in x for x in closing), "it is as unfair as a baseline's"
+    assert any(x.startswith("posterior ensemble, scaled: 1 of 1") for x in closing)
+    assert "posterior ensemble (cold), scaled" in cells(m | {"tempering": "cold"})
     none = metrics(regression=True)
     assert not any("scaled, less" in x for x in summary.closing_lines(none))
+    assert "posterior ensemble, scaled" not in cells(none)
     only = cells(m | {"sampler": {"name": "map"}})
     assert not any("posterior" in title for title in only)
 

@@ -60,6 +60,11 @@ def test_bins_and_risks_have_bars_of_their_errors_where_they_are_known(
         "100%", "0.2500 ± 0.0300", "0.2200 ± 0.0200"
     ]  # fmt: skip
     assert all("standard error" in one.caption for one in (picture, curves))
+    row["accuracy_se"] = [None] * len(row["count"])
+    m["selective"]["risk_se"] = {"ensemble": [None] * 100, "map": [None] * 100}
+    for make in (calibration, selective):
+        bare = only(make(dataclasses.replace(run_files, metrics=m)).blocks, Chart)
+        assert "standard error" not in bare.caption
 
 
 @pytest.mark.parametrize(("ece", "words"), [(0.047, "more than"), (0.045, "no more than")])

@@ -1,6 +1,7 @@
 """Is the posterior worth it: the words follow the figures and their standard errors."""
 
 import copy
+import dataclasses
 
 import pytest
 
@@ -43,13 +44,22 @@ def test_the_posterior_with_a_temperature_of_its_own_is_told_from_the_same_basel
     errors = copy.deepcopy(dict(run_files.metrics["standard_errors"]))
     pair = "ensemble_temperature_scaled-map_temperature_scaled"
     errors["differences"][pair] = {"nll": 0.0015}
-    row = {**run_files.metrics["ensemble"], "nll": nll}
+    row = {**run_files.metrics["ensemble"], "nll": nll, "temperature_fitted_on": 64}
     files = changed(run_files, ensemble_temperature_scaled=row, standard_errors=errors)
     said = verdict(files)[0]
     assert f"its NLL is {nll:.4f}, −0.0030 ± 0.0015 against the same baseline." in said.replace(
         "-0", "−0"
     )
+    assert "fitted on 64 held-out examples" in said
     assert strongest(files.metrics) == "map_temperature_scaled", "it is no baseline"
+    stuck = {**row, "temperature_note": "1 of 1 temperatures stopped at a bound"}
+    files = changed(files, ensemble_temperature_scaled=stuck)
+    assert "temperature of its own" not in verdict(files)[0]
+    title = "posterior ensemble, temperature-scaled"
+    assert any(x.startswith(f"{title}: 1 of 1") for x in asides(files))
+    manifest = {**files.manifest, "sampler": {**files.manifest["sampler"], "name": "map"}}
+    none = dataclasses.replace(files, manifest=manifest)
+    assert not any("posterior" in x for x in asides(none)), "nothing was sampled"
 
 
 def test_without_standard_errors_nothing_is_judged(run_files: RunFiles) -> None:

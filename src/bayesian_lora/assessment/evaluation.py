@@ -145,6 +145,7 @@ def _spread(values: Sequence[float | None], reason: str | None) -> Figures:
 
 
 NO_CLASSES = "a Gaussian likelihood has no softmax temperature; its noise scale is fitted"
+FITTED_ON = "temperature_fitted_on"
 NOT_HELD_OUT = "no data held out of train to fit it on: set data.validation_share"
 
 
@@ -171,17 +172,18 @@ def scale(
 
 def no_temperature(reason: str) -> Figures:
     """The figures of fits that could not be scaled: null."""
-    names = ("accuracy", "nll", "ece", "brier", "temperature")
+    names = ("accuracy", "nll", "ece", "brier", "temperature", FITTED_ON)
     return {**dict.fromkeys(names), "reason": reason}
 
 
-def scaled_means(rows: Sequence[Figures], temperatures: Sequence[float]) -> Figures:
+def scaled_means(rows: Sequence[Figures], temperatures: Sequence[float], fitted_on: int) -> Figures:
     """Means of the figures of members that `scale` has made, and of their temperatures.
 
-    ``temperature_note`` stands beside where some stopped at a bound: no temperature fits best then
-    (every held-out answer right, or none better than chance), and the row is no fair baseline.
+    ``temperature_fitted_on`` is the number of held-out examples. ``temperature_note`` stands beside
+    where some stopped at a bound: no temperature fits best then (every held-out answer right, or
+    none better than chance), and the row is no fair comparison.
     """
-    figures: Figures = {}
+    figures: Figures = {FITTED_ON: fitted_on}
     each = [{**row, "temperature": t} for row, t in zip(rows, temperatures, strict=True)]
     for name, spread in mean_and_sd(each).items():
         figures[name] = spread["mean"]
@@ -191,7 +193,7 @@ def scaled_means(rows: Sequence[Figures], temperatures: Sequence[float]) -> Figu
     if stuck := sum(not 1.001 * low < t < high / 1.001 for t in temperatures):
         figures["temperature_note"] = (
             f"{stuck} of {len(temperatures)} temperatures stopped at a bound ({low:g} or "
-            f"{high:g}): the held-out examples do not settle them, so this is no fair baseline"
+            f"{high:g}): the held-out examples do not settle them, so this is not fair"
         )
     return figures
 

@@ -160,9 +160,10 @@ class _Work:
             if isinstance(found, str):
                 self._scaled[id(fits)] = found, evaluation.no_temperature(found)
             else:
-                members = evaluation.alone(found[0])
+                assert fits.held_out is not None
+                members, n = evaluation.alone(found[0]), len(fits.held_out)
                 rows = [self.figures(p) for p in members]
-                self._scaled[id(fits)] = list(members), evaluation.scaled_means(rows, found[1])
+                self._scaled[id(fits)] = list(members), evaluation.scaled_means(rows, found[1], n)
         return self._scaled[id(fits)]
 
     def single(self) -> Figures:

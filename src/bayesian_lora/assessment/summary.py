@@ -76,8 +76,8 @@ def _rows(m: Figures) -> dict[str, str]:
     if _sampled(m):
         rows |= {"single": "single sample (mean)"}
         rows |= {"ensemble": f"posterior ensemble of {m['ensemble']['k']}{_cold(m)}"}
-        if m.get(ENSEMBLE_SCALED) is not None:
-            rows[ENSEMBLE_SCALED] = "posterior ensemble, scaled"
+        if (m.get(ENSEMBLE_SCALED) or {}).get("nll") is not None:
+            rows[ENSEMBLE_SCALED] = f"posterior ensemble{_cold(m)}, scaled"
     return rows
 
 
@@ -175,7 +175,7 @@ def _trust_lines(m: Figures) -> list[str]:
 def _against_lines(m: Figures, errors: Figures) -> list[str]:
     """What sampling has brought: the ensemble's figures less those of the starts' simple baselines,
     and of the strongest fair one by NLL where that is of other fits; from which the ensemble with a
-    temperature of its own is told too.
+    temperature of its own is told too, if that is fair.
     """
     if not _sampled(m):
         return []
@@ -184,7 +184,7 @@ def _against_lines(m: Figures, errors: Figures) -> list[str]:
     fair = [row for row in simple if not m[row].get("temperature_note")]
     strongest = min(fair or simple, key=simple.__getitem__, default=None)
     pairs = [("Ensemble", "ensemble", row) for row in shown if row in (*MAP_ROWS, strongest)]
-    if strongest and ENSEMBLE_SCALED in shown:
+    if strongest and ENSEMBLE_SCALED in shown and not m[ENSEMBLE_SCALED].get("temperature_note"):
         pairs.append(("Ensemble, scaled,", ENSEMBLE_SCALED, strongest))
     for title, own, row in pairs:
         paired = (errors.get("differences") or {}).get(f"{own}-{row}") or {}

@@ -22,7 +22,7 @@ Figures = Mapping[str, Any]
 
 SHOWN = ("map", "ensemble")
 CLASSES_ONLY = "a regression has no class probabilities"
-BARS = " Bars: one standard error over the examples."
+BARS = " Bars: one standard error over the examples"
 MOST_ROWS = 21
 """Of a table of a curve's points."""
 
@@ -102,7 +102,7 @@ def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Char
             ]
             table.append([cell(f"{titles[name]}, {span}"), *found, cell(int(row["count"][i]))])
     gaps = {titles[k]: _largest_gap(row) for k, row in rows.items()}
-    barred = any(row.get("accuracy_se") for row in rows.values())
+    barred = any(e is not None for row in rows.values() for e in row.get("accuracy_se") or ())
     text = "; ".join(f"{name}: {words}" for name, words in gaps.items())
     panels = [
         Panel("confidence", "accuracy", "Reliability", (0, 1), (0, 1.02)),
@@ -114,7 +114,7 @@ def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Char
         text=f"Reliability diagram. {text}.",
         caption="Reliability of the top label in equal-width bins: below the dashed line the model "
         "is overconfident. The warm starts' predictions are pooled."
-        f"{BARS if barred else ''}",
+        f"{f'{BARS}; where all answers of a bin agree there is none.' if barred else ''}",
         numbers=Table("bins", ["Bin", "Confidence", "Accuracy", "Examples"], table),
     )
 
@@ -167,8 +167,9 @@ def selective(files: RunFiles) -> Section:
     places = thinned(len(coverage))
     # Older evaluations have no errors.
     errors = {k: (found.get("risk_se") or {}).get(k) or [None] * len(coverage) for k in curves}
+    bars = {k: _at(errors[k], places, shift) for shift, k in enumerate(curves)}
     series = [
-        Series(titles[name], coverage, risk, "line", place, place, _at(errors[name], places, place))
+        Series(titles[name], coverage, risk, "line", place, place, bars[name])
         for place, (name, risk) in enumerate(curves.items())
     ]
     rows = [
@@ -178,6 +179,10 @@ def selective(files: RunFiles) -> Section:
     areas = {name: figure(files.metrics.get(name), "aurc") for name in curves}
     said = ", ".join(f"{titles[k]} {x:.4f}" for k, x in areas.items() if x is not None)
     score = str(found.get("score", "uncertainty")).replace("_", " ")
+    caption = f"Inputs are answered from the least {score} on; lower is better. Area under the "
+    caption += f"curve (AURC): {said or 'not recorded'}."
+    if any(e is not None for some in bars.values() for e in some):
+        caption += f"{BARS}, at some points."
     blocks: list[Block] = [
         chart(
             series,
@@ -188,8 +193,7 @@ def selective(files: RunFiles) -> Section:
             ],
             text=f"Risk against coverage. At full coverage the risk is "
             f"{', '.join(f'{curves[k][-1]:.3f} ({titles[k]})' for k in curves)}.",
-            caption=f"Inputs are answered from the least {score} on; lower is better. Area under "
-            f"the curve (AURC): {said or 'not recorded'}.{BARS if found.get('risk_se') else ''}",
+            caption=caption,
             numbers=Table("risk", ["Coverage", *(titles[k] for k in curves)], rows),
         )
     ]

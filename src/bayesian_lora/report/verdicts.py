@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from bayesian_lora.assessment.evaluation import FITTED_ON
 from bayesian_lora.assessment.run_rows import ENSEMBLE_SCALED
 from bayesian_lora.report.page import number
 from bayesian_lora.report.record import listed, signed
@@ -103,13 +104,14 @@ def _unknown(m: Figures, baseline: str) -> str:
 
 def _recalibrated(files: RunFiles, baseline: str, theirs: float) -> str:
     """The same difference where the posterior ensemble has a temperature of its own."""
-    own = figure(files.metrics.get(ENSEMBLE_SCALED), "nll")
+    row = files.metrics.get(ENSEMBLE_SCALED) or {}
+    own, fitted_on = figure(row, "nll"), row.get(FITTED_ON)
     error = difference_error(files, baseline, "nll", ENSEMBLE_SCALED)
-    if own is None or error is None:
+    if own is None or error is None or row.get("temperature_note"):
         return ""
     return (
-        f" With one temperature of its own, fitted on held-out examples, its NLL is {own:.4f}, "
-        f"{signed(own - theirs, 4)} ± {number(error)} against the same baseline."
+        f" With one temperature of its own, fitted on {fitted_on} held-out examples, its NLL is "
+        f"{own:.4f}, {signed(own - theirs, 4)} ± {number(error)} against the same baseline."
     )
 
 
@@ -141,13 +143,15 @@ def _chains(m: Figures) -> str:
 
 
 def asides(files: RunFiles) -> list[str]:
-    """Whether it has finished, what is no fair baseline, the truth where it is known, what
+    """Whether it has finished, what is not fair, the truth where it is known, what
     uncertainty consists of, cold.
     """
     m, said = files.metrics, []
     if (status := files.run.get("status")) != "finished":
         said.append(f"The run has not finished: its status is {status or 'unknown'}.")
     titles = titles_of(m)
+    if not files.sampled:
+        titles = {row: title for row, title in titles.items() if row not in SAMPLED}
     said += [
         f"{titles[row]}: {note}." for row in titles if (note := m[row].get("temperature_note"))
     ]
