@@ -3,7 +3,10 @@
 Shapes: R rank, D widths, C classes.
 """
 
+import io
 import pickle
+import pickletools
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from bayesian_lora.composition.state_dicts import check_adapter, head_outputs, r
 from bayesian_lora.errors import InputError
 from bayesian_lora.models.hf_lora import LoraSpec
 from bayesian_lora.models.peft_io import PREFIX, read_member
-from tests.fuzzing import budgets, damaged_bytes, search
+from tests.fuzzing import budgets, damaged_bytes, outcome, search
 
 A, B = "net.query.lora_A", "net.query.lora_B"
 SPEC = LoraSpec(2, 4.0, 0.0, ("query",), False, ("classifier",), "base")
@@ -135,6 +138,27 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, suffix: str) -> None:
     assert not sentinel.exists()
     pickle.loads(path.read_bytes())
     assert sentinel.exists(), "the payload works where pickles are trusted"
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_a_class_of_endless_name_is_refused_at_once(tmp_path: Path, archive: bool) -> None:
+    """By torch's own check of a name of 100,000 characters it would take a minute."""
+    path = tmp_path / "a.pt"
+    torch.save(plain(tensors()), path, _use_new_zipfile_serialization=archive)
+    read_tensors(path)
+    named = b"c" + b"m" * 100_000 + b"\nname\n."
+    if archive:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a/data.pkl", b"\x80\x02" + named)
+            file.writestr("a/version", b"3\n")
+    else:
+        content = path.read_bytes()
+        # Behind magic number, version and facts of the system comes the state.
+        file = io.BytesIO(content)
+        for _ in range(3):
+            list(pickletools.genops(file))
+        path.write_bytes(content[: file.tell()] + b"\x80\x02" + named)
+    assert "name of 100005 characters" in outcome(lambda: read_tensors(path))
 
 
 @budgets(1_000)

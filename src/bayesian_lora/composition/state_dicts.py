@@ -3,11 +3,14 @@
 Shapes: R rank, D widths, C classes.
 """
 
+import io
+import pickletools
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -23,6 +26,10 @@ _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<adapter>[^.]+))?\
 _SAVED = re.compile(
     r"(?P<module>.+)\.modules_to_save\.((?P<adapter>[^.]+)\.)?(?P<rest>(.+\.)?(weight|bias))"
 )
+ZIP = b"PK\x03\x04"
+OLD_PICKLES = 5
+"""In a file of torch's format before its archives: magic, version, system, state, storages."""
+LONGEST_NAME = 1000
 NAMING = "….lora_A.weight and ….lora_B.weight"
 
 
@@ -71,6 +78,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
+        _check_names(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # advice on odd pickles, which are refused
             value: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -94,6 +102,29 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             f"{path}: no state dict, which maps names to tensors; save the adapter's state dict"
         )
     return value
+
+
+def _check_names(path: Path) -> None:
+    """Whether every class that is named has a name of usual length, and the pickles are whole.
+
+    torch searches the message in which it refuses a class, in time that is quadratic in the name:
+    one of a million characters would take it an hour.
+
+    Raises:
+        Exception: whatever the first odd byte leads to.
+    """
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) == ZIP:  # as torch tells them
+            with zipfile.ZipFile(path) as archive:
+                names = [name for name in archive.namelist() if name.endswith(".pkl")]
+                pickles: list[BinaryIO] = [io.BytesIO(archive.read(name)) for name in names]
+        else:
+            file.seek(0)
+            pickles = [file] * OLD_PICKLES
+        for one in pickles:
+            for opcode, value, _ in pickletools.genops(one):
+                if opcode.name == "GLOBAL" and len(str(value)) > LONGEST_NAME:
+                    raise ValueError(f"a class with a name of {len(str(value))} characters")
 
 
 def _heads(rest: Mapping[str, Tensor], adapters: set[str]) -> dict[str, Tensor]:
