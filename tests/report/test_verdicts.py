@@ -47,9 +47,7 @@ def test_the_posterior_with_a_temperature_of_its_own_is_told_from_the_same_basel
     row = {**run_files.metrics["ensemble"], "nll": nll, "temperature_fitted_on": 64}
     files = changed(run_files, ensemble_temperature_scaled=row, standard_errors=errors)
     said = verdict(files)[0]
-    assert f"its NLL is {nll:.4f}, −0.0030 ± 0.0015 against the same baseline." in said.replace(
-        "-0", "−0"
-    )
+    assert f"its NLL is {nll:.4f}, -0.0030 ± 0.0015 against the same baseline." in said
     assert "fitted on 64 held-out examples" in said
     assert strongest(files.metrics) == "map_temperature_scaled", "it is no baseline"
     stuck = {**row, "temperature_note": "1 of 1 temperatures stopped at a bound"}

@@ -3,7 +3,7 @@
 Shapes: K members, M chains, N examples, C classes, B bins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,11 @@ def calibration_figures(regression: bool, starts: Predictions, p: Predictions) -
         len(p),
         np.random.default_rng(SEED),
     )
-    errors = {name: _errors(list(drawn.values[name].values()), len(p)) for name in probs}
     return {
         "bins": ECE_BINS,
         "expected_ece": expected,
         "reliability": {
-            name: {**_diagram(bins), "accuracy_se": errors[name]}
+            name: {**_diagram(bins), "accuracy_se": _errors(drawn.values[name], len(p))}
             for name, bins in (("map", pooled), ("ensemble", own))
         },
     }
@@ -114,19 +113,18 @@ def _resampled(own: Doubt, each: Sequence[Doubt], n: int, shares: Sequence[float
     first, *others = rows
     found: Figures = {"risk_se": {}}
     for name, curve, chosen in zip(ACCURACY, ("ensemble", "map"), ([first], others), strict=True):
-        values = list(drawn.mean(chosen).values())
+        risks = drawn.mean(chosen)
         # 1 − risk varies as much as the risk.
-        at = {f"{x:g}": risk for x, risk in zip(COVERAGES, values, strict=False)}
+        at = {f"{x:g}": risks[str(i)] for i, x in enumerate(COVERAGES)}
         found[f"{name}_se"] = standard_errors(at, n)
-        found["risk_se"][curve] = _errors(values[len(COVERAGES) :], n)
+        found["risk_se"][curve] = _errors(risks, n)[len(COVERAGES) :]
     return found
 
 
-def _errors(values: Sequence[Array], n: int) -> list[Any]:
+def _errors(values: Mapping[str, Array], n: int) -> list[Any]:
     """The standard errors alone, without their reasons."""
-    named = {str(i): x for i, x in enumerate(values)}
-    found = standard_errors(named, n)
-    return [found[name] for name in named]
+    found = standard_errors(values, n)
+    return [found[name] for name in values]
 
 
 def doubt(p: Predictions) -> Doubt:

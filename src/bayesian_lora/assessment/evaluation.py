@@ -193,7 +193,7 @@ def scaled_means(rows: Sequence[Figures], temperatures: Sequence[float], fitted_
     if stuck := sum(not 1.001 * low < t < high / 1.001 for t in temperatures):
         figures["temperature_note"] = (
             f"{stuck} of {len(temperatures)} temperatures stopped at a bound ({low:g} or "
-            f"{high:g}): the held-out examples do not settle them, so this is not fair"
+            f"{high:g}): the held-out examples do not settle them, so it is no fair comparison"
         )
     return figures
 

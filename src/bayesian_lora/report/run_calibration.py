@@ -102,7 +102,12 @@ def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Char
             ]
             table.append([cell(f"{titles[name]}, {span}"), *found, cell(int(row["count"][i]))])
     gaps = {titles[k]: _largest_gap(row) for k, row in rows.items()}
-    barred = any(e is not None for row in rows.values() for e in row.get("accuracy_se") or ())
+    caption = (
+        "Reliability of the top label in equal-width bins: below the dashed line the model is "
+    )
+    caption += "overconfident. The warm starts' predictions are pooled."
+    if any(e is not None for row in rows.values() for e in row.get("accuracy_se") or ()):
+        caption += f"{BARS}; where all answers of a bin agree there is none."
     text = "; ".join(f"{name}: {words}" for name, words in gaps.items())
     panels = [
         Panel("confidence", "accuracy", "Reliability", (0, 1), (0, 1.02)),
@@ -112,9 +117,7 @@ def _reliability(rows: Mapping[str, Figures], titles: Mapping[str, str]) -> Char
         series,
         panels,
         text=f"Reliability diagram. {text}.",
-        caption="Reliability of the top label in equal-width bins: below the dashed line the model "
-        "is overconfident. The warm starts' predictions are pooled."
-        f"{f'{BARS}; where all answers of a bin agree there is none.' if barred else ''}",
+        caption=caption,
         numbers=Table("bins", ["Bin", "Confidence", "Accuracy", "Examples"], table),
     )
 
